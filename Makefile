@@ -1,0 +1,56 @@
+# Every target sets up what it needs. The commands below are the ones the README names and CI runs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LINKS := build/links/weft
+
+.PHONY: demo test test-slow check bench gpu-check gpu-bench proto format clean
+.DEFAULT_GOAL := demo
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# mapped packages are invisible to type checkers (and to machines without pip): a directory of links is not
+$(LINKS): Makefile
+	@mkdir -p $(LINKS)
+	@for room in proto kernels adapters_store server bench; do ln -sfn ../../../$$room $(LINKS)/$$room; done
+	@ln -sfn ../../../server/client $(LINKS)/client
+	@touch $(LINKS)
+
+demo: $(VENV)/ready
+	@$(BIN)/weft demo
+
+test: $(VENV)/ready $(LINKS)
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/ready $(LINKS)
+	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800
+
+check: $(VENV)/ready $(LINKS)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy build/links/weft tests
+	@$(BIN)/python -m pytest -q tests/test_house.py
+
+bench: $(VENV)/ready
+	@$(BIN)/weft bench decode --peer peft
+
+gpu-check: $(LINKS)
+	@PYTHONPATH=build/links $(PYTHON) -m weft.bench.gpu_check
+
+gpu-bench: $(LINKS)
+	@PYTHONPATH=build/links $(PYTHON) -m weft.bench.gpu_bench
+
+proto: $(VENV)/ready
+	@$(BIN)/python proto/generate.py
+
+format: $(VENV)/ready
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:
+	@rm -rf $(VENV) build dist

@@ -1,0 +1,1 @@
+"""Measuring: imports everything, nothing imports it."""

@@ -1,0 +1,1 @@
+"""The frozen model: loading, its sites, and how adapters and paged attention attach to it."""

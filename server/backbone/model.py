@@ -1,0 +1,119 @@
+"""The frozen backbone: one transformers model in device memory, driven over flattened, paged, mixed batches."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from weft.adapters_store.sites import CatalogueInfo
+from weft.kernels.layout import Geometry, SiteShape
+from weft.server.backbone import attention, sites
+from weft.server.backbone.errors import UnsupportedBackbone
+from weft.server.backbone.linears import LinearGroup
+from weft.server.backbone.selftest import KVShape, census, difference, paged_logits
+from weft.server.backbone.step import PagedKV, Step, running
+
+PROBE_TOKENS = 7
+
+
+class Backbone:
+    """Owns the model and its sites; implements ``SiteCatalogue``. Parameters never change after construction.
+
+    kv_shapes:  per layer (kv heads, key size, value size)
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        """Take over ``model``: adapt its linears, route its attention, and prove that it still computes the same."""
+        self.model = model.eval().requires_grad_(False)
+        if model.config.is_encoder_decoder:
+            raise UnsupportedBackbone(
+                f"{model.config.model_type} is an encoder-decoder; decoder-only models are served"
+            )
+        identity = sites.digest(model)
+        probe = self._probe()
+        with torch.inference_mode():
+            reference = model(input_ids=probe[None], use_cache=False).logits[0].float()
+        shapes: list[KVShape] = []
+        found = sites.watch(model, lambda: shapes.extend(census(model, lambda: self._bare(probe))))
+        self.kv_shapes = shapes
+        attention.register()
+        model.set_attn_implementation(attention.NAME)
+        self.groups = self._adapt(found, probe, reference)
+        self.info: CatalogueInfo = sites.catalogue(model, self.groups, found.head, identity)
+
+    def _adapt(self, found: sites.Found, probe: Tensor, reference: Tensor) -> tuple[LinearGroup, ...]:
+        """Fuse the sites that share an input if the model then still computes the same, else adapt them one by one."""
+        problem = None
+        for fuse in (True, False):
+            groups = sites.adapt(self.model, found, fuse)
+            logits = paged_logits(self.forward, probe, self.kv_shapes, self.dtype)
+            problem = difference(reference, logits, self.dtype)
+            if problem is None:
+                return groups
+        family = self.model.config.model_type
+        raise UnsupportedBackbone(f"{family} computes something else in a paged batch: {problem}")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of activations, keys and values."""
+        return self.model.dtype
+
+    @property
+    def geometry(self) -> Geometry:
+        """Shapes of the sites, for the kernels."""
+        shapes = tuple(SiteShape(site.in_features, site.out_features) for site in self.info.sites)
+        return Geometry(shapes, self.info.groups, self.dtype)
+
+    @property
+    def parameter_bytes(self) -> int:
+        """M: bytes of all parameters, tied ones counted once."""
+        storages = {
+            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()
+        }
+        return sum(storages.values())
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest sequence the model knows positions for."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding; token ids are below it."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def parameter(self, path: str) -> Tensor | None:
+        """The frozen parameter at this path, as the model stores it, or None."""
+        return dict(self.model.named_parameters(remove_duplicate=False)).get(path)
+
+    def forward(self, ids: Tensor, positions: Tensor, keep: Tensor, step: Step) -> Tensor:
+        """Run one flattened batch.
+
+        ids, positions:  [tokens] int64
+        keep:            [kept] int64, rows whose logits are wanted, ascending
+        returns:         [kept, vocabulary] in the model's dtype
+        """
+        with torch.inference_mode(), running(step):
+            out = self.model(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
+            )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _probe(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.vocabulary, (PROBE_TOKENS,), generator=generator).to(self.device)
+
+    def _bare(self, probe: Tensor) -> None:
+        self.model(input_ids=probe[None], use_cache=False)
+
+
+def kv_slots(shapes: Sequence[tuple[int, int, int]], nbytes: int, dtype: torch.dtype) -> int:
+    """How many tokens' keys and values fit in ``nbytes``."""
+    return nbytes // PagedKV.token_bytes(list(shapes), dtype)

@@ -1,0 +1,87 @@
+"""The load-time proof: the model calls our attention once a layer and, cut into paged pieces, computes what it did."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from weft.server.backbone.errors import UnsupportedBackbone
+from weft.server.backbone.step import DecodeSpan, PagedKV, PrefillSpan, Step
+
+Forward = Callable[[Tensor, Tensor, Tensor, Step], Tensor]
+KVShape = tuple[int, int, int]
+
+# share of the largest logit; on the families of the test suite the difference stays below a tenth of these
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+def census(model: PreTrainedModel, forward: Callable[[], Any]) -> list[KVShape]:
+    """Count the attention calls of one forward pass; return (kv heads, key size, value size) of each layer.
+
+    Raises UnsupportedBackbone when a layer attends by other means than transformers' attention interface.
+    """
+    shapes: dict[int, KVShape] = {}
+
+    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Any:
+        if options.get("s_aux") is not None:
+            raise UnsupportedBackbone(f"{model.config.model_type} uses attention sinks, which are not served")
+        layer = module.layer_idx
+        assert isinstance(layer, int)
+        shapes[layer] = (key.shape[1], key.shape[3], value.shape[3])
+        # only shapes matter here, so any values do
+        return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+
+    AttentionInterface.register("weft_census", note)
+    model.set_attn_implementation("weft_census")
+    with torch.inference_mode():
+        forward()
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    if sorted(shapes) != list(range(layers)):
+        raise UnsupportedBackbone(
+            f"{model.config.model_type} ignores transformers' attention interface: "
+            f"expected attention calls from {layers} layers, got {len(shapes)}"
+        )
+    return [shapes[layer] for layer in range(layers)]
+
+
+def paged_logits(forward: Forward, probe: Tensor, shapes: list[KVShape], dtype: torch.dtype) -> Tensor:
+    """Logits of every token of the probe, computed twice: in pieces (two chunks, one token) and whole beside them.
+
+    probe:    [tokens] int64, at least 4
+    returns:  [2, tokens, vocabulary] fp32
+    """
+    tokens, device = probe.numel(), probe.device
+    kv = PagedKV(shapes, 1 + 2 * tokens, dtype, device)
+    own = torch.arange(1, tokens + 1, device=device)
+    copy = own + tokens
+    first, last = tokens - 3, tokens - 1
+
+    def run(ids: Tensor, positions: Tensor, step: Step) -> Tensor:
+        keep = torch.arange(ids.numel(), device=device)
+        return forward(ids, positions, keep, step).float()
+
+    spans = (PrefillSpan(0, first, own[:first]), PrefillSpan(first, first + tokens, copy))
+    both = torch.cat([probe[:first], probe]), torch.cat([own[:first], own]) - 1
+    a = run(*both, Step(kv, torch.cat([own[:first], copy]), None, spans))
+    b = run(
+        probe[first:last],
+        own[first:last] - 1,
+        Step(kv, own[first:last], None, (PrefillSpan(0, 2, own[:last]),)),
+    )
+    length = torch.tensor([tokens], device=device)
+    decode = DecodeSpan(None, own, length, torch.zeros(1, tokens, dtype=torch.bool, device=device))
+    c = run(probe[last:], own[last:] - 1, Step(kv, own[last:], decode, ()))
+    pieces = torch.cat([a[:first], b, c])
+    return torch.stack([pieces, a[first:]])
+
+
+def difference(reference: Tensor, logits: Tensor, dtype: torch.dtype) -> str | None:
+    """What is wrong with ``logits``, or None when they agree with the model's own within the dtype's tolerance."""
+    scale = reference.abs().max().item()
+    error = (reference - logits).abs().max().item()
+    allowed = TOLERANCE[dtype] * scale
+    if error <= allowed:
+        return None
+    return f"logits differ by {error:.3g}, expected at most {allowed:.3g}"

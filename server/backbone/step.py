@@ -1,0 +1,116 @@
+"""What a forward pass needs to know beyond its token ids: which rows carry which adapter, and where keys and values lie.
+
+Model code of transformers calls linears and attention without extra arguments; this is the channel to them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weft.kernels.dispatch import Kernels, Rows
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """Several tokens of one sequence that attend causally to each other and to what is cached.
+
+    start, stop:  rows of the batch
+    slots:        [context] int64, KV slots of the sequence's tokens up to and including the last of these rows
+    """
+
+    start: int
+    stop: int
+    slots: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSpan:
+    """One token of each of several sequences.
+
+    rows:     [sequences] int64, rows of the batch, or None when they are all its rows in order
+    slots:    [sequences * context] int64, KV slots padded to the longest context with the scratch slot
+    lengths:  [sequences] int64, context length of each sequence
+    hidden:   [sequences, context] bool, where the padding is
+    """
+
+    rows: Tensor | None
+    slots: Tensor
+    lengths: Tensor
+    hidden: Tensor
+
+    @property
+    def context(self) -> int:
+        """Longest context among the sequences, in tokens."""
+        return self.hidden.shape[1]
+
+    def before_window(self, window: int) -> Tensor:
+        """[sequences, context] bool, positions that a window of this many tokens does not reach."""
+        position = torch.arange(self.context, device=self.lengths.device)
+        return position < self.lengths[:, None] - window
+
+
+class PagedKV:
+    """Keys and values of every layer, [kv heads, slots, size] each: a page of one head is contiguous.
+
+    The first page of slots is scratch: padding reads it, so it stays zero.
+    """
+
+    def __init__(
+        self, shapes: list[tuple[int, int, int]], slots: int, dtype: torch.dtype, device: torch.device
+    ):
+        """``shapes``: per layer (kv heads, key size, value size)."""
+        self.keys = [torch.empty(heads, slots, size, dtype=dtype, device=device) for heads, size, _ in shapes]
+        self.values = [
+            torch.empty(heads, slots, size, dtype=dtype, device=device) for heads, _, size in shapes
+        ]
+        self.clear_scratch(1)
+
+    def clear_scratch(self, slots: int) -> None:
+        """Zero the first ``slots`` slots, which padding reads."""
+        for tensor in (*self.keys, *self.values):
+            tensor[:, :slots] = 0
+
+    @staticmethod
+    def token_bytes(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> int:
+        """Bytes that one token's keys and values take in all layers."""
+        return sum(heads * (key + value) for heads, key, value in shapes) * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass.
+
+    write_slots:  [tokens] int64, the slot where each row's key and value go
+    rows:         adapters of the token rows, None when all are base rows
+    head_rows:    adapters of the rows whose logits are kept, None when all are base rows
+    """
+
+    kv: PagedKV
+    write_slots: Tensor
+    decode: DecodeSpan | None
+    prefill: tuple[PrefillSpan, ...]
+    kernels: Kernels | None = None
+    rows: Rows | None = None
+    head_rows: Rows | None = None
+
+
+_active: ContextVar[Step] = ContextVar("weft_step")
+
+
+def active() -> Step:
+    """The step whose forward pass is running."""
+    return _active.get()
+
+
+@contextmanager
+def running(step: Step) -> Iterator[None]:
+    """Make ``step`` the active one inside the block."""
+    token = _active.set(step)
+    try:
+        yield
+    finally:
+        _active.reset(token)

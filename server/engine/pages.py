@@ -1,0 +1,35 @@
+"""The pool of KV pages: who holds which, and never more than the budget."""
+
+
+class PagePool:
+    """Owns the free list. Page 0 is scratch: padding reads it, nobody is given it."""
+
+    def __init__(self, pages: int, page_tokens: int):
+        self.page_tokens = page_tokens
+        self.total = pages - 1
+        self._free = list(range(pages - 1, 0, -1))
+
+    @property
+    def used(self) -> int:
+        """Pages held by requests."""
+        return self.total - len(self._free)
+
+    def count(self, tokens: int) -> int:
+        """Pages that this many tokens need."""
+        return -(-tokens // self.page_tokens)
+
+    def allocate(self, tokens: int) -> tuple[int, ...] | None:
+        """Pages for this many tokens, or None when they are not free now."""
+        count = self.count(tokens)
+        if count > len(self._free):
+            return None
+        return tuple(self._free.pop() for _ in range(count))
+
+    def release(self, pages: tuple[int, ...]) -> None:
+        """Give pages back."""
+        self._free.extend(pages)
+
+    def check(self) -> None:
+        """Every page is free at most once and none is lost to nobody."""
+        assert len(set(self._free)) == len(self._free)
+        assert 0 not in self._free

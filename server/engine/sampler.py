@@ -1,0 +1,48 @@
+"""Pick a token from each row of logits; a row's choice depends on its own logits, seed and position alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weft.server.engine.messages import Sampling
+
+
+def pick(logits: Tensor, sampling: Sequence[Sampling], positions: Sequence[int]) -> list[int | None]:
+    """Return one token per row, or None where a row's logits are not finite.
+
+    logits:     [rows, vocabulary], any float dtype
+    sampling:   how to pick, per row
+    positions:  index of the token to be picked in its sequence, per row; with the seed it fixes the random number
+    """
+    finite = torch.isfinite(logits).all(dim=-1)
+    best = logits.argmax(dim=-1)
+    tokens: list[int | None] = [
+        int(token) if ok else None for token, ok in zip(best.tolist(), finite.tolist(), strict=True)
+    ]
+    for row, choice in enumerate(sampling):
+        if choice.temperature > 0 and tokens[row] is not None:
+            tokens[row] = _draw(logits[row], choice, positions[row])
+    return tokens
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on the seed and the position alone (Philox, counter = position)."""
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=position))
+    return float(generator.random())
+
+
+def _draw(logits: Tensor, sampling: Sampling, position: int) -> int:
+    """Invert the distribution function over the kept tokens, most likely first; ties keep the order of ids."""
+    scores, ids = torch.sort(logits.double() / sampling.temperature, descending=True, stable=True)
+    if sampling.top_k > 0:
+        scores, ids = scores[: sampling.top_k], ids[: sampling.top_k]
+    weights = torch.softmax(scores, dim=0).cumsum(dim=0)
+    if sampling.top_p < 1:
+        # the smallest set that reaches top_p: everything before the first token at which the sum does
+        kept = int((weights < sampling.top_p).sum()) + 1
+        weights, ids = weights[:kept], ids[:kept]
+    threshold = uniform(sampling.seed, position) * weights[-1]
+    index = int(torch.searchsorted(weights, threshold, right=True))
+    return int(ids[min(index, ids.numel() - 1)])

@@ -1,0 +1,206 @@
+"""What runs in the next step: admission, chunked prefill beside decode, and what becomes of the tokens.
+
+Owns the queue and the running requests. Knows adapters only as leases and memory only as pages.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from weft.adapters_store.errors import AdapterError
+from weft.adapters_store.residency import Residency
+from weft.server.engine.failures import failure_of
+from weft.server.engine.messages import Event, Failed, Failure, FinishReason, RequestId, Scheduled, Tokens
+from weft.server.engine.pages import PagePool
+from weft.server.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A request's part in a step: ``count`` tokens from position ``start``; ``samples`` when the last one is new."""
+
+    request: Request
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The plan for one step, complete when built; items of one adapter are neighbours, base rows come first."""
+
+    items: tuple[Item, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the step."""
+        return sum(item.count for item in self.items)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Rows that are not the one new token of a decoding request."""
+        return sum(item.count for item in self.items if item.count > 1 or not item.request.output)
+
+
+class Scheduler:
+    """Continuous batching over a token budget; requests join and leave at every step."""
+
+    def __init__(
+        self,
+        pages: PagePool,
+        residency: Residency,
+        batch_tokens_max: int,
+        batch_requests_max: int,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._pages = pages
+        self._residency = residency
+        self._batch_tokens_max = batch_tokens_max
+        self._batch_requests_max = batch_requests_max
+        self._clock = clock
+        self._waiting: dict[RequestId, Request] = {}
+        self._running: dict[RequestId, Request] = {}
+        self._events: list[Event] = []
+
+    @property
+    def waiting(self) -> Sequence[Request]:
+        """Requests not admitted yet, oldest first."""
+        return tuple(self._waiting.values())
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """Admitted requests, oldest first."""
+        return tuple(self._running.values())
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; one that can never fit ends with REQUEST_TOO_LARGE instead."""
+        needed = self._pages.count(request.length_max)
+        if needed > self._pages.total:
+            limit = self._pages.total * self._pages.page_tokens
+            self._events.append(
+                Failed(
+                    request.submit.id,
+                    Failure.REQUEST_TOO_LARGE,
+                    f"prompt plus max_new_tokens: expected at most {limit} tokens (kv_bytes_max), got {request.length_max}",
+                )
+            )
+            return
+        self._waiting[request.submit.id] = request
+
+    def abort(self, id: RequestId) -> None:
+        """Forget a request and free what it holds; unknown ids are those that just ended."""
+        request = self._waiting.pop(id, None) or self._running.pop(id, None)
+        if request is not None:
+            self._free(request)
+
+    def plan(self) -> Batch:
+        """Admit what fits, then give every decoding request its token and the rest of the budget to prompts."""
+        self._admit()
+        budget = self._batch_tokens_max
+        items: list[Item] = []
+        for request in self._running.values():
+            if request.pending == 1 and budget > 0:
+                items.append(Item(request, request.computed, 1, samples=True))
+                budget -= 1
+        for request in self._running.values():
+            if request.pending > 1 and budget > 0:
+                count = min(request.pending, budget)
+                items.append(Item(request, request.computed, count, samples=count == request.pending))
+                budget -= count
+        items.sort(key=_adapter_order)
+        return Batch(tuple(items))
+
+    def commit(self, batch: Batch, sampled: Sequence[int | None]) -> list[Event]:
+        """Take in the tokens of a step, one per sampling item, None where the logits were not finite."""
+        tokens = iter(sampled)
+        for item in batch.items:
+            item.request.computed += item.count
+            if item.samples:
+                self._take(item.request, next(tokens))
+        return self.drain_events()
+
+    def fail(self, batch: Batch, failure: Failure, message: str) -> list[Event]:
+        """End every request of a batch that could not be run."""
+        for item in batch.items:
+            self._retire(item.request, Failed(item.request.submit.id, failure, message))
+        return self.drain_events()
+
+    def drain_events(self) -> list[Event]:
+        """What happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def _take(self, request: Request, token: int | None) -> None:
+        id = request.submit.id
+        if token is None:
+            message = (
+                "the logits are not finite: the adapter's weights, or the backbone's, overflow on this prompt"
+            )
+            self._retire(request, Failed(id, Failure.NON_FINITE_LOGITS, message))
+            return
+        request.output.append(token)
+        finish = None
+        if token in request.submit.stop_ids:
+            finish = FinishReason.STOP
+        elif len(request.output) == request.submit.max_new_tokens:
+            finish = FinishReason.LENGTH
+        event = Tokens(id, (token,), finish)
+        if finish is None:
+            self._events.append(event)
+        else:
+            self._retire(request, event)
+
+    def _retire(self, request: Request, event: Event) -> None:
+        self._running.pop(request.submit.id, None)
+        self._waiting.pop(request.submit.id, None)
+        self._free(request)
+        self._events.append(event)
+
+    def _free(self, request: Request) -> None:
+        self._pages.release(request.pages)
+        request.pages, request.slots = (), None
+        if request.lease is not None:
+            self._residency.release(request.lease)
+            request.lease = None
+
+    def _admit(self) -> None:
+        """Oldest first. A request whose adapter is not there yet is overtaken; one that lacks pages is not."""
+        for request in tuple(self._waiting.values()):
+            if not self._hold_adapter(request):
+                continue
+            if len(self._running) >= self._batch_requests_max:
+                return
+            pages = self._pages.allocate(request.length_max)
+            if pages is None:
+                return
+            request.pages = pages
+            request.slots = self._slots(pages)
+            del self._waiting[request.submit.id]
+            self._running[request.submit.id] = request
+            now = self._clock()
+            wait_s = (request.lease_s or now) - request.submitted_s if request.submit.adapter else 0.0
+            self._events.append(Scheduled(request.submit.id, now - request.submitted_s, wait_s))
+
+    def _hold_adapter(self, request: Request) -> bool:
+        digest = request.submit.adapter
+        if digest is None or request.lease is not None:
+            return True
+        try:
+            request.lease = self._residency.acquire(digest)
+        except AdapterError as error:
+            self._retire(request, Failed(request.submit.id, failure_of(error), str(error)))
+            return False
+        if request.lease is not None:
+            request.lease_s = self._clock()
+        return request.lease is not None
+
+    def _slots(self, pages: tuple[int, ...]) -> torch.Tensor:
+        size = self._pages.page_tokens
+        return (torch.tensor(pages)[:, None] * size + torch.arange(size)).flatten()
+
+
+def _adapter_order(item: Item) -> int:
+    lease = item.request.lease
+    return -1 if lease is None else lease.block.key
