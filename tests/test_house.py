@@ -69,9 +69,7 @@ def test_rooms_import_one_way_only(room):
 def test_the_engine_knows_nothing_of_grpc():
     for path in sources("server"):
         if path.relative_to(ROOT).parts[1] in ("engine", "backbone"):
-            assert "grpc" not in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE), (
-                path
-            )
+            assert "grpc" not in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE), path
 
 
 def test_no_method_is_known_to_engine_backbone_or_kernels():
@@ -87,9 +85,7 @@ def test_no_method_is_known_to_engine_backbone_or_kernels():
 
 def test_a_file_fits_in_one_sitting():
     long = {
-        str(p.relative_to(ROOT)): n
-        for p in sources(*ROOMS, "tests")
-        if (n := len(p.read_text().splitlines())) > 400
+        str(p.relative_to(ROOT)): n for p in sources(*ROOMS, "tests") if (n := len(p.read_text().splitlines())) > 400
     }
     assert not long
 
@@ -120,9 +116,7 @@ def test_transformers_imports_from_the_repository_root():
 
 def test_the_repository_speaks_of_the_project_alone():
     words = re.compile("|".join(("/wo" + "rk/", "bash" + "_jobs", r"[.]lib" + "rary")))
-    texts = [
-        p for p in tracked() if p.suffix in {".py", ".md", ".toml", ".txt", ".proto", ".json", ".yml", ""}
-    ]
+    texts = [p for p in tracked() if p.suffix in {".py", ".md", ".toml", ".txt", ".proto", ".json", ".yml", ""}]
     wrong = [str(p.relative_to(ROOT)) for p in texts if words.search(p.read_text(errors="ignore"))]
     assert not wrong
 

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from weft.server.backbone.step import Step, active
+from weft.kernels.batch import Rows
+from weft.kernels.dispatch import Kernels
+from weft.server.backbone.step import active
+
+Scaled = tuple[tuple["AdaptedLinear", tuple[tuple[int, int], ...]], ...]
 
 
 class AdaptedLinear(nn.Module):
@@ -49,6 +53,7 @@ class LinearGroup:
         self.head = head
         self._input: Tensor | None = None
         self._output: Tensor | None = None
+        self._scaled: tuple[Rows, Scaled] | None = None
         self.weight, self.bias = self._join()
 
     def output(self, x: Tensor, member: AdaptedLinear) -> Tensor:
@@ -63,19 +68,17 @@ class LinearGroup:
 
     def _compute(self, x: Tensor) -> Tensor:
         step = active()
-        rows = step.head_rows if self.head else step.rows
-        if rows is None or step.kernels is None or not step.kernels.touches(rows, self.index):
+        rows, kernels = step.head_rows if self.head else step.rows, step.kernels
+        if rows is None or kernels is None:
             return F.linear(x, self.weight, self.bias)
-        y = self._scaled_linear(x, step)
-        step.kernels.apply(y, x, rows, self.index)
+        y = self._scaled_linear(x, rows, kernels)
+        if kernels.touches(rows, self.index):
+            kernels.apply(y, x, rows, self.index)
         return y
 
-    def _scaled_linear(self, x: Tensor, step: Step) -> Tensor:
+    def _scaled_linear(self, x: Tensor, rows: Rows, kernels: Kernels) -> Tensor:
         """Linear(σ_in ⊙ x): rows whose adapter scales the input of one member recompute that member's slice."""
-        rows, kernels = (step.head_rows if self.head else step.rows), step.kernels
-        assert rows is not None
-        assert kernels is not None
-        scaled = [(m, ranges) for m in self.members if (ranges := kernels.input_scaled(rows, m.site))]
+        scaled = self._scaled_members(rows, kernels)
         if scaled and len(self.members) == 1:
             return F.linear(kernels.scale_input(x, rows, self.members[0].site), self.weight, self.bias)
         y = F.linear(x, self.weight, self.bias)
@@ -85,6 +88,13 @@ class LinearGroup:
             for start, stop in ranges:
                 y[start:stop, member.slice] = F.linear(u[start:stop], self.weight[member.slice], bias)
         return y
+
+    def _scaled_members(self, rows: Rows, kernels: Kernels) -> Scaled:
+        """Which members' inputs are scaled, and in which rows; worked out once for as long as the rows last."""
+        if self._scaled is None or self._scaled[0] is not rows:
+            found = tuple((m, ranges) for m in self.members if (ranges := kernels.input_scaled(rows, m.site)))
+            self._scaled = (rows, found)
+        return self._scaled[1]
 
     def _join(self) -> tuple[Tensor, Tensor | None]:
         """Lay the members' weights side by side; each member keeps a view, so nothing is held twice."""

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -50,15 +51,19 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
             name, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except OSError as error:
-        raise BackboneNotFound(
-            f"no backbone at {name!r}: expected a folder with config.json and *.safetensors, or a hub name ({_first_line(error)})"
-        ) from error
+        wanted = "a folder with config.json and *.safetensors, or a hub name"
+        raise BackboneNotFound(f"no backbone at {name!r}: expected {wanted} ({_first_line(error)})") from error
     except ValueError as error:
         raise UnsupportedBackbone(
             f"{name!r} is not a causal language model of transformers: {_first_line(error)}"
         ) from error
-    loaded: PreTrainedModel = model.to(device)
-    return loaded
+    return _moved(model, device)
+
+
+def _moved(model: nn.Module, device: torch.device) -> PreTrainedModel:
+    moved = model.to(device)
+    assert isinstance(moved, PreTrainedModel)
+    return moved
 
 
 def _first_line(error: Exception) -> str:

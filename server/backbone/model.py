@@ -25,7 +25,8 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel):
         """Take over ``model``: adapt its linears, route its attention, and prove that it still computes the same."""
-        self.model = model.eval().requires_grad_(False)
+        model.eval()
+        self.model = model.requires_grad_(False)
         if model.config.is_encoder_decoder:
             raise UnsupportedBackbone(
                 f"{model.config.model_type} is an encoder-decoder; decoder-only models are served"
@@ -57,12 +58,14 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the parameters lie."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of activations, keys and values."""
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def geometry(self) -> Geometry:
@@ -73,9 +76,7 @@ class Backbone:
     @property
     def parameter_bytes(self) -> int:
         """M: bytes of all parameters, tied ones counted once."""
-        storages = {
-            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()
-        }
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
         return sum(storages.values())
 
     @property
@@ -86,7 +87,9 @@ class Backbone:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding; token ids are below it."""
-        return int(self.model.get_input_embeddings().weight.shape[0])
+        embedding = self.model.get_input_embeddings().weight
+        assert isinstance(embedding, Tensor)
+        return embedding.shape[0]
 
     def parameter(self, path: str) -> Tensor | None:
         """The frozen parameter at this path, as the model stores it, or None."""
@@ -100,9 +103,7 @@ class Backbone:
         returns:         [kept, vocabulary] in the model's dtype
         """
         with torch.inference_mode(), running(step):
-            out = self.model(
-                input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep
-            )
+            out = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep)
         logits: Tensor = out.logits[0]
         return logits
 

@@ -65,9 +65,7 @@ def _runs(calls: list[tuple[str, Tensor]]) -> list[tuple[str, ...]]:
 
 def _is_plain_linear(module: nn.Module) -> bool:
     """Linears that override forward do more than a product; adapters cannot be proven right on them."""
-    return isinstance(module, Conv1D) or (
-        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    )
+    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
 def adapt(model: PreTrainedModel, found: Found, fuse: bool) -> tuple[LinearGroup, ...]:
@@ -92,9 +90,7 @@ def adapt(model: PreTrainedModel, found: Found, fuse: bool) -> tuple[LinearGroup
     return tuple(groups)
 
 
-def catalogue(
-    model: PreTrainedModel, groups: tuple[LinearGroup, ...], head: str | None, digest: str
-) -> CatalogueInfo:
+def catalogue(model: PreTrainedModel, groups: tuple[LinearGroup, ...], head: str | None, digest: str) -> CatalogueInfo:
     """Describe the sites for those who have no weights."""
     names = {module: name for name, module in model.named_modules()}
     sites = tuple(

@@ -1,4 +1,4 @@
-"""What a forward pass needs to know beyond its token ids: which rows carry which adapter, and where keys and values lie.
+"""What a forward pass needs beyond its token ids: which rows carry which adapter, where keys and values lie.
 
 Model code of transformers calls linears and attention without extra arguments; this is the channel to them.
 """
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weft.kernels.dispatch import Kernels, Rows
+from weft.kernels.batch import Rows
+from weft.kernels.dispatch import Kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +60,10 @@ class PagedKV:
     The first page of slots is scratch: padding reads it, so it stays zero.
     """
 
-    def __init__(
-        self, shapes: list[tuple[int, int, int]], slots: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, shapes: list[tuple[int, int, int]], slots: int, dtype: torch.dtype, device: torch.device):
         """``shapes``: per layer (kv heads, key size, value size)."""
         self.keys = [torch.empty(heads, slots, size, dtype=dtype, device=device) for heads, size, _ in shapes]
-        self.values = [
-            torch.empty(heads, slots, size, dtype=dtype, device=device) for heads, _, size in shapes
-        ]
+        self.values = [torch.empty(heads, slots, size, dtype=dtype, device=device) for heads, _, size in shapes]
         self.clear_scratch(1)
 
     def clear_scratch(self, slots: int) -> None:

@@ -6,7 +6,7 @@ Knows nothing of gRPC, text or names: adapters are digests of versions that lie 
 import logging
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -21,24 +21,21 @@ from weft.server.backbone.load import choose_device, choose_dtype, load_model
 from weft.server.backbone.model import Backbone, kv_slots
 from weft.server.backbone.step import PagedKV
 from weft.server.engine.config import EngineConfig
-from weft.server.engine.failures import RequestFailed, failure_of
+from weft.server.engine.failures import failure_of
 from weft.server.engine.messages import (
     Abort,
     Command,
     Digest,
     EngineInfo,
     Event,
-    Failed,
     Failure,
     Forget,
     Prepare,
     Prepared,
     Refused,
-    RequestId,
     Sampling,
     StepStats,
     Submit,
-    Tokens,
 )
 from weft.server.engine.pages import PagePool
 from weft.server.engine.request import Request
@@ -57,9 +54,7 @@ class Engine:
         self._clock = clock
         self.arena = Arena(config.adapter_memory_bytes_max, backbone.device)
         geometry = backbone.geometry
-        self.kernels = dispatch.load(
-            config.kernels, self.arena.buffer, geometry, config.working_set_bytes_max
-        )
+        self.kernels = dispatch.load(config.kernels, self.arena.buffer, geometry, config.working_set_bytes_max)
         size = config.page_tokens
         pages = kv_slots(backbone.kv_shapes, config.kv_bytes_max, backbone.dtype) // size
         if pages < 2:
@@ -72,9 +67,7 @@ class Engine:
         self.runner = Runner(backbone, self.kernels, kv, size)
         self.residency = Residency(Path(config.store), backbone, geometry, self.arena, self.runner.forget)
         self.pages = PagePool(pages, size)
-        self.scheduler = Scheduler(
-            self.pages, self.residency, config.batch_tokens_max, config.batch_requests_max
-        )
+        self.scheduler = Scheduler(self.pages, self.residency, config.batch_tokens_max, config.batch_requests_max)
 
     @classmethod
     def load(cls, config: EngineConfig) -> "Engine":
@@ -109,25 +102,6 @@ class Engine:
         if events or batch.items:
             events.append(self._stats(batch, self._clock() - started))
         return events
-
-    def run(self, submits: Sequence[Submit]) -> dict[RequestId, list[int]]:
-        """Run these requests to their ends in one process: the offline door, for tests and measurements.
-
-        Raises RequestFailed when one of them ends with an error.
-        """
-        tokens: dict[RequestId, list[int]] = {submit.id: [] for submit in submits}
-        open_ids = set(tokens)
-        for submit in submits:
-            self.handle(submit)
-        while open_ids:
-            for event in self.step():
-                if isinstance(event, Failed) and event.id in open_ids:
-                    raise RequestFailed(event)
-                if isinstance(event, Tokens) and event.id in tokens:
-                    tokens[event.id] += event.tokens
-                    if event.finish is not None:
-                        open_ids.discard(event.id)
-        return tokens
 
     def info(self) -> EngineInfo:
         """What the engine is, for the front and its callers."""

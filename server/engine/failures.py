@@ -1,7 +1,7 @@
-"""Which message-level failure stands for which error of the store, and how in-process callers meet one."""
+"""Which message-level failure stands for which error of the store."""
 
 from weft.adapters_store.errors import AdapterCorrupt, AdapterError, AdapterInvalid, AdapterTooLarge
-from weft.server.engine.messages import Failed, Failure
+from weft.server.engine.messages import Failure
 
 _FAILURES: dict[type[AdapterError], Failure] = {
     AdapterInvalid: Failure.ADAPTER_INVALID,
@@ -13,11 +13,3 @@ _FAILURES: dict[type[AdapterError], Failure] = {
 def failure_of(error: AdapterError) -> Failure:
     """The failure that the front translates to a status; errors the engine cannot meet by input are bugs."""
     return _FAILURES.get(type(error), Failure.BUG)
-
-
-class RequestFailed(Exception):
-    """A request run in-process ended with an error."""
-
-    def __init__(self, event: Failed):
-        super().__init__(f"{event.failure.value}: {event.message}")
-        self.event = event

@@ -123,7 +123,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Answer to ``Prepare``: the version cannot be served, and why; ``field`` names the config key or tensor at fault."""
+    """Answer to ``Prepare``: the version cannot be served; ``field`` names the config key or tensor at fault."""
 
     digest: Digest
     failure: Failure

@@ -32,9 +32,7 @@ class Runner:
         """One token per sampling item, in the batch's order; None where the logits were not finite."""
         starts, ids, positions, slots = self._layout(batch)
         sampling = [
-            (item, start + item.count - 1)
-            for item, start in zip(batch.items, starts, strict=True)
-            if item.samples
+            (item, start + item.count - 1) for item, start in zip(batch.items, starts, strict=True) if item.samples
         ]
         step = Step(
             kv=self._kv,

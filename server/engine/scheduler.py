@@ -79,13 +79,8 @@ class Scheduler:
         needed = self._pages.count(request.length_max)
         if needed > self._pages.total:
             limit = self._pages.total * self._pages.page_tokens
-            self._events.append(
-                Failed(
-                    request.submit.id,
-                    Failure.REQUEST_TOO_LARGE,
-                    f"prompt plus max_new_tokens: expected at most {limit} tokens (kv_bytes_max), got {request.length_max}",
-                )
-            )
+            message = f"prompt plus max_new_tokens: kv_bytes_max holds {limit} tokens, got {request.length_max}"
+            self._events.append(Failed(request.submit.id, Failure.REQUEST_TOO_LARGE, message))
             return
         self._waiting[request.submit.id] = request
 
@@ -135,9 +130,7 @@ class Scheduler:
     def _take(self, request: Request, token: int | None) -> None:
         id = request.submit.id
         if token is None:
-            message = (
-                "the logits are not finite: the adapter's weights, or the backbone's, overflow on this prompt"
-            )
+            message = "the logits are not finite: the adapter's weights, or the backbone's, overflow on this prompt"
             self._retire(request, Failed(id, Failure.NON_FINITE_LOGITS, message))
             return
         request.output.append(token)

@@ -1,0 +1,175 @@
+"""Adapters as the `peft` library makes them, on tiny random models, beside the sites of these models."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import IA3Config, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tests.support.backbones import COMMON
+from tests.support.backbones import build as build_plain
+from weft.adapters_store.sites import CatalogueInfo, SiteInfo
+from weft.kernels.layout import Geometry, SiteShape
+
+# neighbours that share an input, by the ends of their names
+SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def build(family: str) -> PreTrainedModel:
+    """A tiny model; ``llama_biased`` has biases on its attention and none on its norms."""
+    if family != "llama_biased":
+        return build_plain(family)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**COMMON, num_hidden_layers=2, attention_bias=True)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@dataclass(frozen=True)
+class ModelSites:
+    """A SiteCatalogue over a model that nothing has been done to."""
+
+    model: PreTrainedModel
+    info: CatalogueInfo
+
+    def parameter(self, path: str) -> Tensor | None:
+        """The model's own parameter."""
+        return dict(self.model.named_parameters(remove_duplicate=False)).get(path)
+
+    def geometry(self, dtype: torch.dtype = torch.float32) -> Geometry:
+        """The sites as arithmetic sees them."""
+        shapes = tuple(SiteShape(site.in_features, site.out_features) for site in self.info.sites)
+        return Geometry(shapes, self.info.groups, dtype)
+
+
+def sites_of(model: PreTrainedModel, digest: str = "b" * 64, dtype: torch.dtype = torch.float32) -> ModelSites:
+    """Every linear of a model as a site."""
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    sites = tuple(_site(name, module) for name, module in linears.items())
+    modules = frozenset(name for name, _ in model.named_modules() if name)
+    return ModelSites(model, CatalogueInfo(digest, DTYPES[dtype], sites, _groups([s.path for s in sites]), modules))
+
+
+def _site(name: str, module: nn.Module) -> SiteInfo:
+    if isinstance(module, Conv1D):
+        return SiteInfo(name, module.nx, module.nf, True, "conv1d")
+    assert isinstance(module, nn.Linear)
+    kind = "lm_head" if name == "lm_head" else "linear"
+    return SiteInfo(name, module.in_features, module.out_features, module.bias is not None, kind)
+
+
+def _groups(paths: list[str]) -> tuple[int, ...]:
+    sizes, at = [], 0
+    while at < len(paths):
+        parent = paths[at].rpartition(".")[0]
+        names = [path.rpartition(".")[2] for path in paths[at : at + 3] if path.startswith(f"{parent}.")]
+        size = next((len(run) for run in SHARED if tuple(names[: len(run)]) == run), 1)
+        sizes.append(size)
+        at += size
+    return tuple(sizes)
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+GPT2 = ["c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+
+# what is served, by a name for the test: family, config
+SERVED: Mapping[str, tuple[str, PeftConfig]] = {
+    "lora": ("llama", LoraConfig(r=4, lora_alpha=8, target_modules=ATTENTION, task_type="CAUSAL_LM")),
+    "lora_all_linear": ("llama", LoraConfig(r=3, lora_alpha=7, target_modules="all-linear")),
+    "lora_regex": ("llama", LoraConfig(r=3, target_modules=r".*layers\.[01]\.mlp\.(gate|up)_proj")),
+    "lora_rank_1": ("llama", LoraConfig(r=1, lora_alpha=3, target_modules=["down_proj"])),
+    "lora_rank_above_width": ("llama", LoraConfig(r=40, lora_alpha=3, target_modules=["q_proj"])),
+    "lora_rslora": ("llama", LoraConfig(r=5, lora_alpha=8, use_rslora=True, target_modules=ATTENTION)),
+    "lora_patterns": (
+        "llama",
+        LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules=ATTENTION,
+            rank_pattern={"layers.1.self_attn.q_proj": 2, "q_proj": 7, r"layers\.\d+\.self_attn\.v_proj": 3},
+            alpha_pattern={"^model.layers.0.self_attn.k_proj": 5, "self_attn.k_proj": 9, "o_proj": 1},
+        ),
+    ),
+    # the first pattern wins: both match layer 1
+    "lora_pattern_order": (
+        "llama",
+        LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={"layers.1.*": 2, "layers.1.self_attn.q_proj": 6}),
+    ),
+    "lora_layers": ("llama", LoraConfig(r=2, lora_alpha=6, target_modules=ATTENTION, layers_to_transform=[1])),
+    "lora_layers_pattern": (
+        "llama",
+        LoraConfig(r=2, target_modules=ATTENTION, layers_to_transform=0, layers_pattern="layers"),
+    ),
+    "lora_excluded": (
+        "llama",
+        LoraConfig(r=2, target_modules=ATTENTION, exclude_modules=["layers.0.self_attn.q_proj", "k_proj"]),
+    ),
+    "lora_excluded_regex": (
+        "llama",
+        LoraConfig(r=2, target_modules=ATTENTION, exclude_modules=r".*\.0\..*"),
+    ),
+    "lora_full_path": ("llama", LoraConfig(r=2, target_modules=["model.layers.1.self_attn.v_proj"])),
+    "lora_head": ("llama", LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "lm_head"])),
+    "lora_gpt2": ("gpt2", LoraConfig(r=4, lora_alpha=8, target_modules=GPT2, fan_in_fan_out=True)),
+    "lora_bias": ("gpt2", LoraConfig(r=4, lora_alpha=8, lora_bias=True, target_modules=["c_attn"])),
+    "lora_bias_without_base_bias": ("llama", LoraConfig(r=4, lora_alpha=8, lora_bias=True, target_modules=["q_proj"])),
+    "lora_only": ("gpt2", LoraConfig(r=4, bias="lora_only", target_modules=["c_attn", "mlp.c_fc"])),
+    "lora_all_biases": ("llama_biased", LoraConfig(r=4, bias="all", target_modules=["q_proj", "down_proj"])),
+    "lora_gaussian": ("llama", LoraConfig(r=4, init_lora_weights="gaussian", target_modules=["q_proj"])),
+    "lora_qwen3": ("qwen3", LoraConfig(r=4, target_modules="all-linear")),
+    "lokr_low_rank_w2": ("llama", LoKrConfig(r=2, alpha=3, target_modules=ATTENTION)),
+    "lokr_full": ("llama", LoKrConfig(r=64, alpha=96, target_modules="all-linear")),
+    "lokr_both": ("llama", LoKrConfig(r=1, alpha=3, decompose_both=True, target_modules=[*ATTENTION, "up_proj"])),
+    "lokr_factor": ("llama", LoKrConfig(r=3, alpha=2, decompose_factor=2, target_modules=ATTENTION)),
+    # w1 is one number, so the low-rank w2 takes fewer bytes as a pair
+    "lokr_as_low_rank": ("llama", LoKrConfig(r=2, alpha=3, decompose_factor=1, target_modules=["q_proj", "down_proj"])),
+    "lokr_patterns": (
+        "llama",
+        LoKrConfig(
+            r=2, alpha=3, target_modules=ATTENTION, rank_pattern={"q_proj": 3}, alpha_pattern={"1.self_attn.v_proj": 8}
+        ),
+    ),
+    "ia3": ("llama", IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "ia3_square": ("llama", IA3Config(target_modules=["q_proj", "o_proj"], feedforward_modules=["o_proj"])),
+    # PEFT matches feedforward names as plain endings
+    "ia3_ending": ("llama", IA3Config(target_modules=r".*\.(gate|up)_proj", feedforward_modules=["p_proj"])),
+    "ia3_regex": ("llama", IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=r".*down.*")),
+    "ia3_gpt2": ("gpt2", IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])),
+    "ia3_default": ("llama", IA3Config()),
+}
+
+
+def adapt(family: str, config: PeftConfig, seed: int = 0) -> PeftModel:
+    """A model of the family with this adapter, filled with noise so that no factor is near its initial value."""
+    with warnings.catch_warnings():
+        # about biases that merging cannot keep, and fan_in_fan_out that is corrected
+        warnings.simplefilter("ignore")
+        model = get_peft_model(build(family), config).eval()
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=random)
+            if ".ia3_l" in name:
+                parameter.copy_(1 + 0.5 * noise)
+            elif "lora_" in name or "lokr_" in name:
+                parameter.copy_(0.4 * noise)
+            elif name.endswith(".bias") and getattr(config, "bias", "none") != "none" and parameter.requires_grad:
+                parameter.copy_(parameter + 0.4 * noise)
+    return model
+
+
+def save(model: PeftModel, folder: Path) -> Path:
+    """Write the adapter as PEFT does and return its folder."""
+    with warnings.catch_warnings():
+        # about embeddings that it saves along
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(folder))
+    return folder

@@ -1,0 +1,209 @@
+"""The whole server over its socket: the demo's promise, hot registration, crashes, draining, bad uploads, metrics."""
+
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.support.server import Server, serving, until
+from weft.client import Client, errors
+from weft.client.values import Delta, Finished, Started
+from weft.server.demo import tasks
+
+ADAPTERS = tasks.ASSETS_DIR / "adapters"
+BARS = {"LoRA": 0.98, "KronA": 0.98, "(IA)³": 0.95}
+
+
+def register_all(client: Client) -> None:
+    for adapter in tasks.DEMO_ADAPTERS:
+        client.register(adapter.name, ADAPTERS / adapter.name)
+
+
+def answer(client: Client, adapter: str, prompt: str) -> str:
+    return client.generate(prompt, adapter=adapter, max_new_tokens=24).text
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("store")) as running:
+        with running.client() as client:
+            register_all(client)
+        yield running
+
+
+@pytest.fixture
+def client(server: Server):
+    with server.client() as connected:
+        yield connected
+
+
+def accuracy(client: Client, name: str, task: str, count: int, seed: int, answers: dict) -> float:
+    pairs = tasks.held_out(task, count, seed)
+    return sum(answers[name, prompt] == want for prompt, want in pairs) / count
+
+
+def ask_all(client: Client, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Every (adapter, prompt) at once, so that they share steps."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return dict(zip(jobs, pool.map(lambda job: answer(client, *job), jobs), strict=True))
+
+
+def test_every_task_is_answered_by_its_own_adapter_in_one_mixed_batch(server, client):
+    per_adapter = 50
+    jobs = []
+    for adapter in tasks.DEMO_ADAPTERS:
+        jobs += [(adapter.name, prompt) for prompt, _ in tasks.held_out(adapter.task, per_adapter, 1)]
+    base = tasks.held_out(tasks.DEMO_ADAPTERS[0].task, per_adapter, 2)
+    jobs += [("", prompt) for prompt, _ in base]
+    answers = ask_all(client, jobs)
+    found = {a.name: accuracy(client, a.name, a.task, per_adapter, 1, answers) for a in tasks.DEMO_ADAPTERS}
+    print(found)
+    assert not {a.name: found[a.name] for a in tasks.DEMO_ADAPTERS if found[a.name] < BARS[a.method]}
+    assert sum(answers["", prompt] == want for prompt, want in base) <= 0.05 * per_adapter
+    assert server.scrape()["weft_batch_adapters_sum"] > 0
+
+
+def test_swapping_the_adapters_of_two_rows_shows(client):
+    first, second = tasks.DEMO_ADAPTERS[0], tasks.DEMO_ADAPTERS[-1]
+    pairs = tasks.held_out(first.task, 8, 3)
+    right = ask_all(client, [(first.name, prompt) for prompt, _ in pairs])
+    swapped = ask_all(client, [(second.name, prompt) for prompt, _ in pairs])
+    assert all(right[first.name, prompt] == want for prompt, want in pairs)
+    assert all(swapped[second.name, prompt] != want for prompt, want in pairs)
+
+
+def test_an_adapter_is_registered_and_answers_while_a_stream_runs(server, client):
+    new = tasks.DEMO_ADAPTERS[2]
+    deltas_before = deltas_after = 0
+    answered = threading.Event()
+    with server.client() as other:
+        stream = client.stream("abc=", max_new_tokens=900, ignore_eos=True)
+        assert isinstance(next(stream), Started)
+        assert isinstance(next(stream), Delta)
+
+        def hot_swap() -> str:
+            other.register("hot", ADAPTERS / new.name)
+            prompt, _ = tasks.held_out(new.task, 1, 4)[0]
+            text = answer(other, "hot", prompt)
+            answered.set()
+            return text
+
+        with ThreadPoolExecutor(1) as pool:
+            pending = pool.submit(hot_swap)
+            for event in stream:
+                if isinstance(event, Delta):
+                    deltas_before += not answered.is_set()
+                    deltas_after += answered.is_set()
+            assert pending.result() == tasks.held_out(new.task, 1, 4)[0][1]
+    assert deltas_before > 0
+    assert deltas_after > 0, "the stream ended before the new adapter had answered"
+    client.delete("hot")
+
+
+def test_a_deleted_adapter_finishes_its_requests_and_takes_no_new_ones(client):
+    client.register("leaving", ADAPTERS / tasks.DEMO_ADAPTERS[0].name)
+    stream = client.stream("abcdef=", adapter="leaving", max_new_tokens=300, ignore_eos=True)
+    next(stream)
+    client.delete("leaving")
+    with pytest.raises(errors.NotFound):
+        client.generate("abc=", adapter="leaving")
+    *_, last = stream
+    assert isinstance(last, Finished)
+    assert last.usage.completion_tokens == 300
+
+
+def test_cancelled_streams_free_everything(server, client):
+    for _ in range(5):
+        stream = client.stream("abc=", max_new_tokens=900, ignore_eos=True)
+        next(stream)
+        stream.close()
+    until(lambda: client.info().memory.kv_bytes == 0)
+    until(lambda: server.scrape()["weft_requests_running"] == 0)
+
+
+def test_the_number_of_series_does_not_grow_with_adapters(server, client):
+    before = len(server.scrape())
+    for i in range(12):
+        client.register(f"many-{i}", ADAPTERS / tasks.DEMO_ADAPTERS[i % 9].name)
+        answer(client, f"many-{i}", "abc=")
+    assert len(server.scrape()) == before
+    for i in range(12):
+        client.delete(f"many-{i}")
+
+
+def test_memory_is_the_backbone_plus_every_adapter(server, client):
+    for adapter in tasks.DEMO_ADAPTERS:
+        answer(client, adapter.name, "abc=")
+    page = server.scrape()
+    listed = [a for a in client.list() if a.name in {d.name for d in tasks.DEMO_ADAPTERS}]
+    total = sum({a.digest: a.device_bytes for a in listed}.values())
+    assert page['weft_memory_bytes{kind="adapters",tier="device"}'] == total
+    assert page['weft_memory_bytes{kind="backbone",tier="device"}'] == client.info().memory.backbone_bytes
+
+
+def test_a_refused_adapter_leaves_nothing_behind(server, client, tmp_path):
+    source = ADAPTERS / tasks.DEMO_ADAPTERS[0].name
+    config = json.loads((source / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    (tmp_path / "adapter_model.safetensors").write_bytes((source / "adapter_model.safetensors").read_bytes())
+    before, files = client.list(), sorted(os.listdir(server.store / "objects"))
+    memory = client.info().memory
+    with pytest.raises(errors.InvalidArgument, match="use_dora"):
+        client.register("refused", tmp_path)
+    assert (client.list(), sorted(os.listdir(server.store / "objects"))) == (before, files)
+    assert client.info().memory == memory
+    assert answer(client, tasks.DEMO_ADAPTERS[0].name, "abc=")
+
+
+def test_registered_adapters_answer_after_a_kill_under_load(tmp_path):
+    adapter = tasks.DEMO_ADAPTERS[0]
+    prompt, want = tasks.held_out(adapter.task, 1, 5)[0]
+    with serving(tmp_path / "store") as first, first.client() as client:
+        register_all(client)
+        streams = [client.stream("abc=", adapter=a.name, max_new_tokens=900, ignore_eos=True) for a in tasks.DEMO_ADAPTERS]
+        for stream in streams:
+            next(stream)
+        engine = first.engine_pid()
+        assert first.stop(signal.SIGKILL) == -signal.SIGKILL
+        for stream in streams:
+            with pytest.raises(errors.WeftError):
+                list(stream)
+        until(lambda: not os.path.exists(f"/proc/{engine}"), timeout_s=5)
+    with serving(tmp_path / "store") as second, second.client() as client:
+        assert {a.name for a in client.list()} == {a.name for a in tasks.DEMO_ADAPTERS}
+        assert answer(client, adapter.name, prompt) == want
+        for other in tasks.DEMO_ADAPTERS:
+            assert client.generate("abc=", adapter=other.name, max_new_tokens=3).usage.completion_tokens > 0
+
+
+def test_a_killed_engine_is_reported_within_a_second_and_restarted(tmp_path):
+    adapter = tasks.DEMO_ADAPTERS[0]
+    prompt, want = tasks.held_out(adapter.task, 1, 5)[0]
+    with serving(tmp_path / "store") as server, server.client() as client:
+        client.register(adapter.name, ADAPTERS / adapter.name)
+        stream = client.stream("abc=", max_new_tokens=900, ignore_eos=True)
+        next(stream)
+        killed = time.monotonic()
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        with pytest.raises(errors.Unavailable) as failed:
+            list(stream)
+        assert time.monotonic() - killed < 1.0
+        assert failed.value.reason == "ENGINE_RESTARTING"
+        client.wait_ready(30)
+        assert answer(client, adapter.name, prompt) == want
+        assert server.scrape()["weft_engine_restarts_total"] == 1
+
+
+def test_sigterm_lets_requests_in_flight_finish(tmp_path):
+    with serving(tmp_path / "store") as server, server.client() as client:
+        stream = client.stream("abc=", max_new_tokens=400, ignore_eos=True)
+        next(stream)
+        server.process.send_signal(signal.SIGTERM)
+        *_, last = stream
+        assert isinstance(last, Finished)
+        assert last.usage.completion_tokens == 400
+        assert server.process.wait(20) == 0

@@ -1,0 +1,123 @@
+"""The backbone: which sites it finds, what it refuses, and that nothing is held twice."""
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, LlamaForCausalLM, T5Config
+from transformers import T5ForConditionalGeneration
+
+from tests.support.backbones import FAMILIES, VOCABULARY, build
+from weft.server.backbone import sites
+from weft.server.backbone.errors import BackboneNotFound, UnsupportedBackbone
+from weft.server.backbone.load import choose_dtype, load_model
+from weft.server.backbone.model import Backbone
+from weft.server.backbone.selftest import difference
+
+TINY = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt2"])
+def test_sites_that_share_an_input_are_groups(family):
+    backbone = Backbone(build(family))
+    paths = [site.path for site in backbone.info.sites]
+    assert backbone.info.groups[:4] == (3, 1, 2, 1)
+    assert [p.removeprefix("model.layers.0.") for p in paths[:7]] == [
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    ]  # fmt: skip
+    assert paths[-1] == "lm_head"
+    assert sum(backbone.info.groups) == len(paths)
+
+
+def test_conv1d_sites_are_named_with_their_true_widths():
+    backbone = Backbone(build("gpt2"))
+    first = backbone.info.sites[0]
+    assert (first.path, first.in_features, first.out_features, first.kind, first.has_bias) == (
+        "transformer.h.0.attn.c_attn", 32, 96, "conv1d", True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_joining_weights_holds_nothing_twice_and_keeps_every_parameter(family):
+    plain, backbone = build(family), Backbone(build(family))
+    want = dict(plain.named_parameters(remove_duplicate=False))
+    assert backbone.parameter_bytes == sum(p.numel() * p.element_size() for p in plain.parameters())
+    for path, parameter in want.items():
+        found = backbone.parameter(path)
+        assert found is not None
+        assert torch.equal(found, parameter), path
+
+
+def test_the_digest_is_of_the_weights():
+    assert Backbone(build("llama")).info.digest == Backbone(build("llama")).info.digest
+    changed = build("llama")
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+    assert Backbone(changed).info.digest != Backbone(build("llama")).info.digest
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: BloomForCausalLM(BloomConfig(**TINY, n_layer=2, n_head=4)),
+        lambda: FalconForCausalLM(FalconConfig(**TINY, num_hidden_layers=2)),
+    ],
+    ids=["bloom", "falcon"],
+)
+def test_families_that_ignore_the_attention_interface_are_refused_by_name(model):
+    with pytest.raises(UnsupportedBackbone, match=r"ignores .* attention interface: expected .* 2 layers, got 0"):
+        Backbone(model().eval())
+
+
+def test_an_encoder_decoder_is_refused():
+    config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    with pytest.raises(UnsupportedBackbone, match="encoder-decoder"):
+        Backbone(T5ForConditionalGeneration(config).eval())
+
+
+def test_a_model_that_computes_something_else_in_pages_is_refused(monkeypatch):
+    """The control of the load-time proof: an attention that forgets the scale must not pass."""
+    import weft.server.backbone.attention as attention
+
+    right = attention.paged_attention
+    wrong = lambda *a, **k: right(*a, **{**k, "scaling": 1.0})  # noqa: E731
+    monkeypatch.setattr(attention, "paged_attention", wrong)
+    with pytest.raises(UnsupportedBackbone, match="computes something else in a paged batch: logits differ by"):
+        Backbone(build("llama"))
+
+
+def test_groups_that_cannot_be_joined_are_run_one_by_one(monkeypatch):
+    calls = []
+
+    def first_fails(*args):
+        calls.append(1)
+        return "not the same" if len(calls) == 1 else difference(*args)
+
+    monkeypatch.setattr("weft.server.backbone.model.difference", first_fails)
+    backbone = Backbone(build("llama"))
+    assert set(backbone.info.groups) == {1}
+
+
+def test_repeated_and_unrelated_calls_do_not_form_groups():
+    x, y = torch.zeros(1), torch.zeros(1)
+    calls = [("a.q", x), ("a.k", x), ("b.v", x), ("a.o", y), ("a.q", y), ("a.z", y)]
+    assert sites._runs(calls) == [("a.q", "a.k"), ("b.v",), ("a.o",), ("a.z",)]
+
+
+def test_a_folder_loads_and_a_missing_one_says_what_was_expected(tmp_path):
+    build("llama").save_pretrained(tmp_path / "good")
+    loaded = load_model(str(tmp_path / "good"), torch.float32, torch.device("cpu"))
+    assert isinstance(loaded, LlamaForCausalLM)
+    with pytest.raises(BackboneNotFound, match=r"expected a folder with config.json and \*.safetensors"):
+        load_model(str(tmp_path / "none"), torch.float32, torch.device("cpu"))
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    model = build("llama")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(BackboneNotFound):
+        load_model(str(tmp_path), torch.float32, torch.device("cpu"))
+
+
+def test_dtypes_by_name_are_what_they_say():
+    assert choose_dtype("float16", torch.device("cpu")) is torch.float16

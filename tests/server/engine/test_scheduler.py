@@ -1,0 +1,175 @@
+"""The scheduler alone: admission, the token budget, order, what a step's end does, and that nothing is ever lost."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft.adapters_store.errors import AdapterTooLarge
+from weft.server.engine.messages import Digest, Failed, Failure, FinishReason, RequestId, Sampling, Scheduled, Submit, Tokens
+from weft.server.engine.pages import PagePool
+from weft.server.engine.request import Request
+from weft.server.engine.scheduler import Scheduler
+
+
+@dataclass
+class FakeResidency:
+    """Adapters that are there, are on their way, or can never come."""
+
+    there: set[str] = field(default_factory=set)
+    impossible: set[str] = field(default_factory=set)
+    held: list[str] = field(default_factory=list)
+
+    def acquire(self, digest):
+        if digest in self.impossible:
+            raise AdapterTooLarge("adapter needs 9 bytes, got 1")
+        if digest not in self.there:
+            return None
+        self.held.append(digest)
+        return SimpleNamespace(digest=digest, block=SimpleNamespace(key=sorted(self.there).index(digest)))
+
+    def release(self, lease):
+        self.held.remove(lease.digest)
+
+
+def make(pages=64, tokens=16, requests=8, there=("a", "b")):
+    residency = FakeResidency(set(there))
+    pool = PagePool(pages, 4)
+    return Scheduler(pool, residency, tokens, requests, clock=lambda: 1.0), residency, pool
+
+
+def submit(scheduler, id, prompt=3, new=2, adapter=None, stop=()):
+    digest = None if adapter is None else Digest(adapter)
+    message = Submit(RequestId(id), tuple(range(prompt)), new, Sampling(), digest, frozenset(stop))
+    scheduler.submit(Request(message, submitted_s=0.0))
+
+
+def run_step(scheduler, token=50):
+    batch = scheduler.plan()
+    return batch, scheduler.commit(batch, [token for item in batch.items if item.samples])
+
+
+def test_a_request_is_scheduled_then_yields_tokens_then_finishes():
+    scheduler, _, pool = make()
+    submit(scheduler, "r", prompt=3, new=2)
+    batch, events = run_step(scheduler)
+    assert [(i.start, i.count, i.samples) for i in batch.items] == [(0, 3, True)]
+    assert events == [Scheduled(RequestId("r"), 1.0, 0.0), Tokens(RequestId("r"), (50,))]
+    batch, events = run_step(scheduler, 51)
+    assert [(i.start, i.count) for i in batch.items] == [(3, 1)]
+    assert events == [Tokens(RequestId("r"), (51,), FinishReason.LENGTH)]
+    assert pool.used == 0
+    assert not scheduler.plan().items
+
+
+def test_a_stop_token_is_the_last_one():
+    scheduler, _, _ = make()
+    submit(scheduler, "r", new=9, stop=[50])
+    assert run_step(scheduler, 50)[1][-1] == Tokens(RequestId("r"), (50,), FinishReason.STOP)
+
+
+def test_a_long_prompt_is_cut_into_chunks_while_others_decode():
+    scheduler, _, _ = make(tokens=8)
+    submit(scheduler, "short", prompt=2, new=9)
+    run_step(scheduler)
+    submit(scheduler, "long", prompt=18, new=2)
+    seen = []
+    for _ in range(3):
+        batch, _ = run_step(scheduler)
+        seen.append({i.request.submit.id: (i.start, i.count, i.samples) for i in batch.items})
+    assert [step["short"] for step in seen] == [(2, 1, True), (3, 1, True), (4, 1, True)]
+    assert [step["long"] for step in seen] == [(0, 7, False), (7, 7, False), (14, 4, True)]
+
+
+def test_rows_stand_by_adapter_and_base_rows_come_first():
+    scheduler, _, _ = make()
+    for id, adapter in (("1", "b"), ("2", None), ("3", "a"), ("4", "b"), ("5", None)):
+        submit(scheduler, id, adapter=adapter)
+    order = [item.request.submit.adapter for item in scheduler.plan().items]
+    assert order == [None, None, "a", "b", "b"]
+
+
+def test_a_request_that_waits_for_its_adapter_is_overtaken():
+    scheduler, residency, _ = make(there=["a"])
+    submit(scheduler, "slow", adapter="late")
+    submit(scheduler, "fast", adapter="a")
+    assert [i.request.submit.id for i in run_step(scheduler)[0].items] == ["fast"]
+    residency.there.add("late")
+    assert "slow" in [i.request.submit.id for i in run_step(scheduler)[0].items]
+
+
+def test_a_request_that_waits_for_pages_is_not_overtaken():
+    scheduler, _, _ = make(pages=1 + 5)
+    submit(scheduler, "first", prompt=8, new=8)
+    run_step(scheduler)
+    submit(scheduler, "large", prompt=8, new=4)
+    submit(scheduler, "small", prompt=1, new=1)
+    assert [i.request.submit.id for i in run_step(scheduler)[0].items] == ["first"]
+    assert [r.submit.id for r in scheduler.waiting] == ["large", "small"]
+
+
+def test_a_request_that_can_never_fit_is_told_so_at_once():
+    scheduler, _, _ = make(pages=1 + 2)
+    submit(scheduler, "r", prompt=8, new=1)
+    (event,) = scheduler.drain_events()
+    assert isinstance(event, Failed)
+    assert event.failure is Failure.REQUEST_TOO_LARGE
+    assert "holds 8 tokens, got 9" in event.message
+
+
+def test_an_adapter_that_can_never_come_ends_its_request_only():
+    scheduler, residency, _ = make()
+    residency.impossible.add("huge")
+    submit(scheduler, "bad", adapter="huge")
+    submit(scheduler, "good", adapter="a")
+    _, events = run_step(scheduler)
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert [(e.id, e.failure) for e in failed] == [("bad", Failure.ADAPTER_TOO_LARGE)]
+    assert [r.submit.id for r in scheduler.running] == ["good"]
+
+
+def test_logits_that_are_not_finite_end_one_request():
+    scheduler, residency, pool = make()
+    submit(scheduler, "nan", adapter="a")
+    submit(scheduler, "fine", adapter="b")
+    batch = scheduler.plan()
+    events = scheduler.commit(batch, [None, 50])
+    assert [type(e).__name__ for e in events if not isinstance(e, Scheduled)] == ["Failed", "Tokens"]
+    assert residency.held == ["b"]
+    assert [r.submit.id for r in scheduler.running] == ["fine"]
+    assert pool.used == pool.count(5)
+
+
+@pytest.mark.parametrize("when", ["waiting", "running", "finished", "unknown"])
+def test_abort_frees_everything_at_any_moment_and_twice(when):
+    scheduler, residency, pool = make()
+    if when != "unknown":
+        submit(scheduler, "r", new=1 if when == "finished" else 5, adapter="a")
+    if when in ("running", "finished"):
+        run_step(scheduler)
+    scheduler.abort(RequestId("r"))
+    scheduler.abort(RequestId("r"))
+    assert (residency.held, pool.used, len(scheduler.running), len(scheduler.waiting)) == ([], 0, 0, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from("sxp"), st.integers(0, 9), st.integers(1, 20), st.integers(1, 6))))
+def test_pages_and_leases_are_conserved_over_any_history(history):
+    scheduler, residency, pool = make(pages=24, tokens=8, requests=4)
+    for action, number, prompt, new in history:
+        id = str(number)
+        if action == "s" and not any(r.submit.id == id for r in (*scheduler.waiting, *scheduler.running)):
+            submit(scheduler, id, prompt, new, adapter=(None, "a", "b")[number % 3])
+        elif action == "x":
+            scheduler.abort(RequestId(id))
+        else:
+            batch, _ = run_step(scheduler)
+            assert batch.tokens <= 8
+        pool.check()
+        assert pool.used == sum(len(r.pages) for r in scheduler.running)
+    for _ in range(400):
+        run_step(scheduler)
+    assert (residency.held, pool.used) == ([], 0)
+    assert not scheduler.waiting
