@@ -81,7 +81,7 @@ def test_an_adapter_is_registered_and_answers_while_a_stream_runs(server, client
     deltas_before = deltas_after = 0
     answered = threading.Event()
     with server.client() as other:
-        stream = client.stream("abc=", max_new_tokens=900, ignore_eos=True)
+        stream = client.stream("abc=", max_new_tokens=480, ignore_eos=True)
         assert isinstance(next(stream), Started)
         assert isinstance(next(stream), Delta)
 
@@ -118,7 +118,7 @@ def test_a_deleted_adapter_finishes_its_requests_and_takes_no_new_ones(client):
 
 def test_cancelled_streams_free_everything(server, client):
     for _ in range(5):
-        stream = client.stream("abc=", max_new_tokens=900, ignore_eos=True)
+        stream = client.stream("abc=", max_new_tokens=480, ignore_eos=True)
         next(stream)
         stream.close()
     until(lambda: client.info().memory.kv_bytes == 0)
@@ -164,7 +164,7 @@ def test_registered_adapters_answer_after_a_kill_under_load(tmp_path):
     prompt, want = tasks.held_out(adapter.task, 1, 5)[0]
     with serving(tmp_path / "store") as first, first.client() as client:
         register_all(client)
-        streams = [client.stream("abc=", adapter=a.name, max_new_tokens=900, ignore_eos=True) for a in tasks.DEMO_ADAPTERS]
+        streams = [client.stream("abc=", adapter=a.name, max_new_tokens=480, ignore_eos=True) for a in tasks.DEMO_ADAPTERS]
         for stream in streams:
             next(stream)
         engine = first.engine_pid()
@@ -185,7 +185,7 @@ def test_a_killed_engine_is_reported_within_a_second_and_restarted(tmp_path):
     prompt, want = tasks.held_out(adapter.task, 1, 5)[0]
     with serving(tmp_path / "store") as server, server.client() as client:
         client.register(adapter.name, ADAPTERS / adapter.name)
-        stream = client.stream("abc=", max_new_tokens=900, ignore_eos=True)
+        stream = client.stream("abc=", max_new_tokens=480, ignore_eos=True)
         next(stream)
         killed = time.monotonic()
         os.kill(server.engine_pid(), signal.SIGKILL)

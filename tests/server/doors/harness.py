@@ -207,7 +207,8 @@ def parts(
 ) -> Iterator[adapters_pb2.RegisterAdapterRequest]:
     """An upload, piece by piece."""
     config, weights = files
-    fields = {"weights_size": len(weights), "weights_sha256": hashlib.sha256(weights).hexdigest()} | header
+    fields: dict[str, Any] = {"weights_size": len(weights), "weights_sha256": hashlib.sha256(weights).hexdigest()}
+    fields |= header
     yield adapters_pb2.RegisterAdapterRequest(header=adapters_pb2.AdapterHeader(name=name, config=config, **fields))
     for at in range(0, len(weights), chunk_bytes):
         yield adapters_pb2.RegisterAdapterRequest(chunk=weights[at : at + chunk_bytes])

@@ -1,0 +1,1 @@
+"""Adapters: files, formats, operators, versions, residency. Knows no requests, tokens or gRPC."""

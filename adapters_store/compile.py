@@ -1,0 +1,108 @@
+"""Compiles a parsed adapter: reads its values, folds them to the normal form, proves the fold, lays out the image."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from weft.adapters_store.errors import AdapterTooLarge, StoreBug
+from weft.adapters_store.fold import Folded, fold_site, kron_becomes_low_rank, site_bytes
+from weft.adapters_store.operators import Kron, ParsedAdapter
+from weft.adapters_store.proof import prove
+from weft.adapters_store.report import AdapterReport, SiteSummary
+from weft.adapters_store.sites import SiteCatalogue
+from weft.adapters_store.values import Values, name_of
+from weft.kernels.layout import (
+    ALIGN,
+    HEADER_WORDS,
+    KRON_WORDS,
+    SITE_WORDS,
+    UNIT,
+    Geometry,
+    SiteTerms,
+    pack,
+    round_up,
+    unpack,
+)
+
+WORD_BYTES = 4
+
+
+def compile_adapter(
+    parsed: ParsedAdapter, catalogue: SiteCatalogue, geometry: Geometry, bytes_max: int
+) -> tuple[Tensor, AdapterReport]:
+    """The block of an adapter, uint8 on the host, and the report of what became of it.
+
+    bytes_max:  the most a block may take; judged from shapes, before anything is allocated
+    AdapterInvalid if a value cannot be served, AdapterTooLarge if the block would not fit.
+    """
+    nbytes = block_bytes(parsed, geometry, catalogue)
+    if nbytes > bytes_max:
+        raise AdapterTooLarge(f"device memory: expected a block of at most {bytes_max} bytes, got one of {nbytes}")
+    values = Values(parsed)
+    for ref, path in parsed.copies:
+        values.require_copy(ref, path, catalogue)
+    info, terms, summaries = catalogue.info, dict[int, SiteTerms](), list[SiteSummary]()
+    for path, said in parsed.sites.items():
+        index = info.index[path]
+        folded = fold_site(info.sites[index], said, values, catalogue, geometry.dtype)
+        prove(folded, said, values, catalogue)
+        terms[index] = folded.rounded(geometry.dtype)
+        summaries.append(_summary(folded, site_bytes(said, folded.site, geometry.dtype)))
+        values.next_site()
+    image = pack(geometry, terms)
+    _check_image(image, geometry, terms)
+    report = AdapterReport(
+        parsed.method, parsed.dialect, image.numel(), tuple(summaries), (*parsed.notes, *_notes(values, geometry.dtype))
+    )
+    return image, report
+
+
+def block_bytes(parsed: ParsedAdapter, geometry: Geometry, catalogue: SiteCatalogue) -> int:
+    """Length of the block that an adapter compiles to, from shapes alone."""
+    info = catalogue.info
+    words = HEADER_WORDS + len(geometry.sites) * SITE_WORDS
+    body = 0
+    for path in sorted(parsed.sites, key=info.index.__getitem__):
+        site, said = info.sites[info.index[path]], parsed.sites[path]
+        body += site_bytes(said, site, geometry.dtype)
+        krons = sum(
+            isinstance(operator, Kron) and not kron_becomes_low_rank(operator, site, geometry.dtype)
+            for operator in said.operators
+        )
+        if krons:
+            words = round_up(words, UNIT // WORD_BYTES) + krons * KRON_WORDS
+    return round_up(round_up(words * WORD_BYTES, UNIT) + body, ALIGN)
+
+
+def _summary(folded: Folded, size: int) -> SiteSummary:
+    return SiteSummary(folded.site.path, tuple(folded.words), folded.rank, size, tuple(folded.folds))
+
+
+def _notes(values: Values, dtype: torch.dtype) -> list[str]:
+    notes = [
+        f"{name_of(source)} factors rounded once to {name_of(dtype)}"
+        for source in sorted(values.dtypes, key=str)
+        if source != dtype and dtype != torch.float32
+    ]
+    largest, name = values.large
+    if name:
+        notes.append(f"{name} holds values up to {largest:g}, which is unusual")
+    return notes
+
+
+def _check_image(image: Tensor, geometry: Geometry, terms: Mapping[int, SiteTerms]) -> None:
+    """What a kernel will read is what was put in, bit for bit."""
+    found = unpack(geometry, image)
+    if found.keys() != terms.keys():
+        raise StoreBug("the image does not have the sites that were packed")
+    for index, term in terms.items():
+        for ours, theirs in zip(_tensors(term), _tensors(found[index]), strict=True):
+            if not torch.equal(ours, theirs):
+                raise StoreBug(f"the image does not hold what was packed at site {index}")
+
+
+def _tensors(term: SiteTerms) -> list[Tensor]:
+    pairs = [*([term.low_rank] if term.low_rank is not None else []), *term.krons]
+    vectors = [v for v in (term.sigma, term.beta, term.sigma_in) if v is not None]
+    return [tensor for pair in pairs for tensor in pair] + vectors

@@ -1,0 +1,48 @@
+"""Files to operators: one parser per method, chosen by ``peft_type``. Imports no torch.
+
+A parser is ``parse(settings, header, catalogue) -> ParsedAdapter``: it takes every setting that it understands,
+refuses what would change the maths unseen, and judges every tensor's name and shape. A new method is one such file
+and its line in ``PARSERS``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from weft.adapters_store.errors import expected
+from weft.adapters_store.files import CONFIG, AdapterFiles
+from weft.adapters_store.formats import native_krona, peft_ia3, peft_lokr, peft_lora
+from weft.adapters_store.formats.settings import Settings, show
+from weft.adapters_store.operators import ParsedAdapter
+from weft.adapters_store.safetensors_header import Header
+from weft.adapters_store.sites import CatalogueInfo
+from weft.adapters_store.strict_json import read_object
+
+Parser = Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
+
+PARSERS: Mapping[str, Parser] = {
+    peft_lora.METHOD: peft_lora.parse,
+    peft_lokr.METHOD: peft_lokr.parse,
+    peft_ia3.METHOD: peft_ia3.parse,
+    native_krona.METHOD: native_krona.parse,
+}
+ALIASES = {"KRONA": native_krona.METHOD}
+
+
+def read_adapter(folder: Path, catalogue: CatalogueInfo) -> ParsedAdapter:
+    """Read and judge the two files of an adapter. Every refusal is an AdapterInvalid: field, expected, got."""
+    return parse_adapter(AdapterFiles.read(folder), catalogue)
+
+
+def parse_adapter(files: AdapterFiles, catalogue: CatalogueInfo) -> ParsedAdapter:
+    """Judge files that have been read."""
+    values = read_object(files.config, CONFIG)
+    said = values.pop("peft_type", None)
+    served = ", ".join(PARSERS)
+    if said is None and str(values.get("version", "")).startswith("adapters."):
+        raise expected("peft_type", f"one of {served}", "none", "AdapterHub files are not served")
+    method = ALIASES.get(said, said) if isinstance(said, str) else None
+    parser = PARSERS.get(method) if method is not None else None
+    if parser is None:
+        raise expected("peft_type", f"one of {served}", show(said))
+    return replace(parser(Settings(values), files.header, catalogue), weights=files.data)

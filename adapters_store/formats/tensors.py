@@ -1,0 +1,79 @@
+"""Sorts the tensors of a file by module and role, and judges their shapes; whatever has no role is refused by name."""
+
+from collections.abc import Iterable, Mapping
+
+from weft.adapters_store.errors import AdapterInvalid, expected, quoted
+from weft.adapters_store.formats.targets import names_of_backbone
+from weft.adapters_store.operators import TensorRef
+from weft.adapters_store.safetensors_header import Header
+from weft.adapters_store.sites import CatalogueInfo, SiteInfo
+
+PREFIX = "base_model.model."
+
+# what a name may end in when it belongs to something that weft does not serve
+FOREIGN = {
+    ".lora_magnitude_vector": "DoRA is not served",
+    ".lora_embedding_A": "LoRA of input embeddings is not served",
+    ".lora_embedding_B": "LoRA of input embeddings is not served",
+    ".trainable_tokens_delta": "trainable tokens are not served",
+    ".lora_diag": "KaSA changes the backbone's weights",
+    ".lora_E": "AdaLoRA is not served",
+    ".lokr_t2": "LoKr of convolutions is not served",
+}
+
+Roles = dict[str, TensorRef]
+
+
+def by_module(header: Header, roles: Iterable[str], catalogue: CatalogueInfo) -> dict[str, Roles]:
+    """Tensors by module path, then by role. A role is the end of a name, ``lora_A.weight``; the longest one wins."""
+    ordered = sorted(roles, key=len, reverse=True)
+    found: dict[str, Roles] = {}
+    for name, tensor in header.tensors.items():
+        path = name.removeprefix(PREFIX)
+        role = next((role for role in ordered if path.endswith(f".{role}")), None)
+        if path == name or role is None:
+            raise _foreign(name, ordered)
+        module = path.removesuffix(f".{role}")
+        if module not in catalogue.modules and module not in catalogue.index:
+            wanted = f"a module of this backbone, whose linear modules are {names_of_backbone(catalogue)}"
+            raise expected(name, wanted, quoted(module))
+        found.setdefault(module, {})[role] = tensor
+    return found
+
+
+def require_site(module: str, tensor: TensorRef, catalogue: CatalogueInfo) -> SiteInfo:
+    """The site at this path. AdapterInvalid if the module is none."""
+    if module not in catalogue.index:
+        raise expected(tensor.name, "a linear module", f"{quoted(module)}, which weft does not adapt")
+    return catalogue.sites[catalogue.index[module]]
+
+
+def require_exactly(found: Mapping[str, Roles], targets: Iterable[str], roles: Iterable[str]) -> None:
+    """Every target has the roles asked for, and no other module has any of them."""
+    wanted, asked = tuple(roles), set(targets)
+    missing = [
+        f"{PREFIX}{module}.{role}" for module in sorted(asked) for role in wanted if role not in found.get(module, {})
+    ]
+    if missing:
+        more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""
+        message = f"{missing[0]}: expected this tensor, because target_modules asks for it, got none{more}"
+        raise AdapterInvalid(message, missing[0])
+    for module, tensors in found.items():
+        stray = next((tensors[role] for role in wanted if role in tensors), None)
+        if module not in asked and stray is not None:
+            raise expected(stray.name, "tensors of target_modules only", "one of another module")
+
+
+def require_shape(tensor: TensorRef, shape: tuple[int, ...], why: str) -> None:
+    """The tensor has exactly this shape."""
+    if tensor.shape != shape:
+        raise expected(tensor.name, f"shape {list(shape)}", list(tensor.shape), why)
+
+
+def _foreign(name: str, roles: list[str]) -> AdapterInvalid:
+    for ending, why in FOREIGN.items():
+        if name.endswith(ending):
+            return expected(name, "no such tensor", "one", why)
+    if not name.startswith(PREFIX):
+        return expected(name, f"a name that begins with {PREFIX}", "another")
+    return expected(name, f"a name that ends in {', '.join(sorted(roles))}", "another")

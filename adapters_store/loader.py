@@ -1,0 +1,243 @@
+"""The thread that touches disk and bytes, so that the engine's does not: it prepares versions and fills blocks.
+
+It keeps no books: a job says where to write, a result says what came of it. Jobs are done in the order in which they
+were given, so that a plan may count on the plans before it. On a GPU, bytes go through pinned memory and a stream of
+their own, behind whatever the engine had launched when the job was given.
+"""
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weft.adapters_store.arena import Move, copy_overlapping
+from weft.adapters_store.compile import compile_adapter
+from weft.adapters_store.errors import AdapterCorrupt, AdapterError, AdapterIncompatible, AdapterInvalid, StoreBug
+from weft.adapters_store.files import AdapterFiles, digest_of, version_folder
+from weft.adapters_store.formats import parse_adapter
+from weft.adapters_store.images import ImageFile, ImageMissing, Images
+from weft.adapters_store.report import AdapterReport
+from weft.adapters_store.sites import SiteCatalogue
+from weft.kernels.layout import Directory, Geometry, directory
+
+PINNED_BYTES = 8 << 20
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrepareJob:
+    """Compile a version and store its image."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
+class SizeJob:
+    """Say how large a version's block is; its image is made if there is none."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
+class LoadJob:
+    """Make the moves, then fill the block at ``offset``."""
+
+    digest: str
+    offset: int
+    nbytes: int
+    moves: tuple[Move, ...]
+    ready: "torch.cuda.Event | None"
+
+
+@dataclass(frozen=True)
+class RemoveJob:
+    """Delete the image of a version."""
+
+    digest: str
+
+
+Job = PrepareJob | SizeJob | LoadJob | RemoveJob
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a job: an error, or what it asked for.
+
+    nbytes:     of the block
+    report:     of a PrepareJob
+    directory:  of a LoadJob
+    """
+
+    job: Job
+    seconds: float = 0.0
+    error: AdapterError | None = None
+    nbytes: int = 0
+    report: AdapterReport | None = None
+    directory: Directory | None = None
+
+
+class Loader:
+    """One thread, a queue of jobs to it and a queue of results from it. One other thread may call the methods.
+
+    buffer:     the arena's bytes
+    bytes_max:  the most that a block may take
+    """
+
+    def __init__(
+        self, root: Path, catalogue: SiteCatalogue, geometry: Geometry, buffer: Tensor, bytes_max: int
+    ) -> None:
+        self._root, self._catalogue, self._geometry = root, catalogue, geometry
+        self._buffer, self._bytes_max = buffer, bytes_max
+        self._images = Images(root, catalogue.info.digest, geometry.dtype)
+        self._device = _Device(buffer) if buffer.is_cuda else None
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Done] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._open = 0
+        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job is under way or a result has not been taken."""
+        return self._open > 0
+
+    def submit(self, job: Job) -> None:
+        """Queue a job."""
+        self._open += 1
+        self._jobs.put(job)
+
+    def take(self) -> list[Done]:
+        """Results since the last call, in the order of their jobs; never waits."""
+        found: list[Done] = []
+        with suppress(queue.Empty):
+            while True:
+                found.append(self._results.get_nowait())
+        self._open -= len(found)
+        return found
+
+    def close(self) -> None:
+        """Finish the job under way and stop; jobs behind it are dropped."""
+        self._closing.set()
+        self._jobs.put(None)
+        self._thread.join()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._closing.is_set():
+            start = time.monotonic()
+            try:
+                done = self._do(job)
+            except AdapterError as error:
+                done = Done(job, error=error)
+            except Exception:
+                # one of the three places: whatever a job trips over, the thread lives to do the next
+                incident = secrets.token_hex(6)
+                log.exception("incident %s: %s of %.12s", incident, type(job).__name__, job.digest)
+                done = Done(job, error=StoreBug(f"a defect of the server, incident {incident}"))
+            self._results.put(replace(done, seconds=time.monotonic() - start))
+
+    def _do(self, job: Job) -> Done:
+        match job:
+            case PrepareJob(digest):
+                report = self._prepare(digest)
+                return Done(job, nbytes=report.device_bytes, report=report)
+            case SizeJob(digest):
+                return Done(job, nbytes=self._size(digest))
+            case LoadJob():
+                return Done(job, nbytes=job.nbytes, directory=self._load(job))
+            case RemoveJob(digest):
+                self._images.remove(digest)
+                return Done(job)
+
+    def _prepare(self, digest: str) -> AdapterReport:
+        folder = version_folder(self._root, digest)
+        try:
+            files = AdapterFiles.read(folder)
+        except AdapterInvalid:
+            # either it came like this, or the disk did it
+            if digest_of(folder) != digest:
+                raise _corrupt() from None
+            raise
+        if files.digest != digest:
+            raise _corrupt()
+        parsed = parse_adapter(files, self._catalogue.info)
+        block, report = compile_adapter(parsed, self._catalogue, self._geometry, self._bytes_max)
+        self._images.write(digest, block)
+        return report
+
+    def _size(self, digest: str) -> int:
+        try:
+            return self._images.nbytes(digest)
+        except (ImageMissing, AdapterCorrupt) as reason:
+            return self._make_again(digest, reason)
+
+    def _load(self, job: LoadJob) -> Directory:
+        with self._device.behind(job.ready) if self._device else nullcontext():
+            for move in job.moves:
+                copy_overlapping(self._buffer, move)
+            try:
+                return self._fill(job)
+            except (ImageMissing, AdapterCorrupt) as reason:
+                self._make_again(job.digest, reason)
+                return self._fill(job)
+
+    def _fill(self, job: LoadJob) -> Directory:
+        block = self._buffer[job.offset : job.offset + job.nbytes]
+        with self._images.opened(job.digest) as image:
+            if image.nbytes != job.nbytes:
+                raise AdapterCorrupt("image: expected its length to stay, got another")
+            if self._device:
+                self._device.copy(image, block)
+            else:
+                image.read_into(block)
+            image.verify()
+        return directory(block)
+
+    def _make_again(self, digest: str, reason: Exception) -> int:
+        if isinstance(reason, AdapterCorrupt):
+            log.warning("the image of %.12s is damaged: compiling it again", digest)
+        try:
+            return self._prepare(digest).device_bytes
+        except AdapterInvalid as error:
+            # it was valid when it was registered, so it was for another backbone
+            raise AdapterIncompatible(error.message, error.field) from error
+
+
+class _Device:
+    """How bytes reach a GPU: through pinned memory, on a stream that nothing else waits for."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._stream = torch.cuda.Stream(buffer.device)  # type: ignore[no-untyped-call]
+        self._pinned = torch.empty(PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
+
+    @contextmanager
+    def behind(self, ready: "torch.cuda.Event | None") -> Iterator[None]:
+        """Launch what follows on the copy stream, after ``ready``, and wait until the device has done it."""
+        with torch.cuda.stream(self._stream):
+            if ready is not None:
+                self._stream.wait_event(ready)
+            yield
+            self._stream.synchronize()
+
+    def copy(self, image: ImageFile, block: Tensor) -> None:
+        """The image's bytes to the block."""
+        for start in range(0, image.nbytes, PINNED_BYTES):
+            part = self._pinned[: min(PINNED_BYTES, image.nbytes - start)]
+            image.read_into(part)
+            block[start : start + part.numel()].copy_(part, non_blocking=True)
+            # the pinned bytes are needed again
+            self._stream.synchronize()
+
+
+def _corrupt() -> AdapterCorrupt:
+    return AdapterCorrupt("version: expected the bytes that were registered, got others")

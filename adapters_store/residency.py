@@ -1,0 +1,314 @@
+"""Which adapters are in the arena: acquired and released by the engine, loaded by a thread of their own.
+
+One thread keeps every book here and never waits; the loader only moves bytes. Who is in use, or is being written, never
+moves and never leaves. Of the rest the least recently used leaves first.
+"""
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+
+import torch
+
+from weft.adapters_store.arena import Arena, Move
+from weft.adapters_store.errors import AdapterError, AdapterTooLarge
+from weft.adapters_store.loader import Done, Loader, LoadJob, PrepareJob, RemoveJob, SizeJob
+from weft.adapters_store.report import AdapterReport
+from weft.adapters_store.sites import SiteCatalogue
+from weft.kernels.batch import Block
+from weft.kernels.layout import Directory, Geometry
+
+# whoever waits asks again at every step; a block or an error that nobody asked for by then is nobody's
+CLAIM_POLLS = 3
+ERROR_S = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """An adapter in use: its block stays where it is until the lease is released."""
+
+    digest: str
+    block: Block
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """What came of ``prepare``: a report, or the error."""
+
+    digest: str
+    report: AdapterReport | None = None
+    error: AdapterError | None = None
+
+
+@dataclass(frozen=True)
+class ResidencyStats:
+    """Bytes and blocks in the arena now; the others since they were last asked for.
+
+    adapters_bytes:  of all blocks, those being loaded included
+    load_s:          one per load, from its start on the loader to the last byte
+    """
+
+    adapters_bytes: int
+    adapters_resident: int
+    loads: int
+    evictions: int
+    hits: int
+    load_s: tuple[float, ...]
+
+
+class _State(Enum):
+    SIZING = auto()  # the loader finds out how large the block is
+    ABSENT = auto()  # known, not in the arena
+    WRITING = auto()  # has a place in the arena; the loader writes there
+    RESIDENT = auto()
+
+
+@dataclass(eq=False)
+class _Version:
+    """What is known of one version.
+
+    nbytes:        of its block; 0 means unknown
+    offset:        of its block in the arena; -1 means that it has none
+    directory:     of its block once it has been written
+    block:         while RESIDENT
+    unclaimed:     polls before which the block is kept for whoever made it load; 0 once it was acquired
+    error, until:  why the last load failed, and how long that is news
+    """
+
+    digest: str
+    state: _State = _State.ABSENT
+    nbytes: int = 0
+    offset: int = -1
+    directory: Directory | None = None
+    block: Block | None = None
+    uses: int = 0
+    used_at: int = 0
+    unclaimed: int = 0
+    error: AdapterError | None = None
+    until: float = 0.0
+
+
+class Residency:
+    """Adapters between disk and arena, for one backbone.
+
+    root:      of the store; only ``objects`` is read and only ``images`` and ``staging`` are written
+    geometry:  of the backbone; its dtype is the one that is served
+    on_evict:  told the key of every block that is gone or has moved
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        catalogue: SiteCatalogue,
+        geometry: Geometry,
+        arena: Arena,
+        on_evict: Callable[[int], None],
+    ) -> None:
+        self._arena, self._on_evict = arena, on_evict
+        self._loader = Loader(root, catalogue, geometry, arena.buffer, arena.nbytes)
+        self._versions: dict[str, _Version] = {}
+        # versions without a name that are still in use or under way
+        self._forgotten: set[str] = set()
+        self._keys, self._clock = itertools.count(1), itertools.count(1)
+        self._polls = 0
+        self._loads, self._evictions, self._hits = 0, 0, 0
+        self._load_s: list[float] = []
+
+    def prepare(self, digest: str) -> None:
+        """Validate and compile a version on the loader; ``poll`` brings the result."""
+        self._forgotten.discard(digest)
+        self._loader.submit(PrepareJob(digest))
+
+    def acquire(self, digest: str) -> Lease | None:
+        """A lease, or None while the adapter is being loaded or has to wait for room: ask again at the next step.
+
+        AdapterTooLarge if it can never fit; AdapterCorrupt, AdapterIncompatible, StoreIOError if it cannot be loaded.
+        """
+        version = self._versions.setdefault(digest, _Version(digest))
+        if version.error is not None and time.monotonic() < version.until:
+            raise version.error
+        if version.state is _State.ABSENT:
+            self._bring(version)
+        if version.state is not _State.RESIDENT:
+            return None
+        assert version.block is not None
+        if not version.unclaimed:
+            self._hits += 1
+        version.unclaimed = 0
+        version.uses += 1
+        version.used_at = next(self._clock)
+        return Lease(digest, version.block)
+
+    def release(self, lease: Lease) -> None:
+        """End a use. The block stays until its room is needed, or leaves at once if the version was forgotten."""
+        version = self._versions[lease.digest]
+        assert version.uses > 0, "release without acquire"
+        version.uses -= 1
+        version.used_at = next(self._clock)
+        self._drop_forgotten()
+
+    def forget(self, digest: str) -> None:
+        """The version has no name any more: its block leaves when nobody uses it, and its image is deleted.
+
+        Requests that still hold its digest may acquire it as long as its files are in the store.
+        """
+        if digest in self._versions:
+            self._forgotten.add(digest)
+            self._drop_forgotten()
+        else:
+            self._loader.submit(RemoveJob(digest))
+
+    def poll(self) -> list[PrepareResult]:
+        """Take in what the loader has done. Call at every step."""
+        self._polls += 1
+        prepared: list[PrepareResult] = []
+        for done in self._loader.take():
+            match done.job:
+                case PrepareJob(digest):
+                    self._prepared(digest, done)
+                    prepared.append(PrepareResult(digest, done.report, done.error))
+                case SizeJob(digest):
+                    self._sized(self._versions[digest], done)
+                case LoadJob():
+                    self._loaded(done.job, done)
+                case RemoveJob():
+                    # an image that could not be deleted costs disk only, and goes when the store is opened next
+                    pass
+        self._drop_forgotten()
+        return prepared
+
+    def busy(self) -> bool:
+        """Whether the loader has work, or results that ``poll`` has not seen."""
+        return self._loader.busy
+
+    def stats(self) -> ResidencyStats:
+        """Figures for one engine step; counters start again."""
+        resident = sum(version.offset >= 0 for version in self._versions.values())
+        stats = ResidencyStats(
+            self._arena.used_bytes, resident, self._loads, self._evictions, self._hits, tuple(self._load_s)
+        )
+        self._loads, self._evictions, self._hits, self._load_s = 0, 0, 0, []
+        return stats
+
+    def close(self) -> None:
+        """Stop the loader after the job under way."""
+        self._loader.close()
+
+    def check(self) -> None:
+        """Raise AssertionError unless versions and arena agree."""
+        self._arena.check()
+        placed = {v.offset: v for v in self._versions.values() if v.offset >= 0}
+        assert sum(v.nbytes for v in placed.values()) == self._arena.used_bytes, "a block is nobody's"
+        for version in self._versions.values():
+            resident = version.state is _State.RESIDENT
+            assert (version.block is not None) == resident, "resident means that there is a block"
+            assert (version.offset >= 0) == (resident or version.state is _State.WRITING), "place and state disagree"
+            assert resident or not version.uses, "only residents are used"
+            if version.block is not None:
+                assert version.block.offset == version.offset, "the block is elsewhere"
+
+    def _bring(self, version: _Version) -> None:
+        if not version.nbytes:
+            version.state = _State.SIZING
+            self._loader.submit(SizeJob(version.digest))
+            return
+        if version.nbytes > self._arena.nbytes:
+            wanted = f"a block of at most {self._arena.nbytes} bytes"
+            raise AdapterTooLarge(f"device memory: expected {wanted}, got one of {version.nbytes}")
+        place = self._make_room(version.nbytes)
+        if place is None:
+            return
+        version.offset, moves = place
+        version.state = _State.WRITING
+        ready = torch.cuda.current_stream().record_event() if self._arena.buffer.is_cuda else None
+        self._loader.submit(LoadJob(version.digest, version.offset, version.nbytes, tuple(moves), ready))
+
+    def _make_room(self, nbytes: int) -> tuple[int, list[Move]] | None:
+        """Where a block of this size can go now, and which moves make it free; None if it has to wait."""
+        idle = sorted((v for v in self._versions.values() if self._may_leave(v)), key=lambda v: v.used_at)
+        leaving = {v.offset for v in idle}
+        fixed = [v.offset for v in self._versions.values() if v.offset >= 0 and v.offset not in leaving]
+        if self._arena.room_bytes(fixed) < nbytes:
+            return None
+        while (offset := self._arena.allocate(nbytes)) is None:
+            if self._arena.free_bytes >= nbytes:
+                moves = self._arena.plan_hole(nbytes, [v.offset for v in idle])
+                if moves is not None:
+                    self._move(moves)
+                    found = self._arena.allocate(nbytes)
+                    assert found is not None, "the plan makes a hole"
+                    return found, moves
+            self._evict(idle.pop(0))
+        return offset, []
+
+    def _may_leave(self, version: _Version) -> bool:
+        return version.state is _State.RESIDENT and not version.uses and version.unclaimed <= self._polls
+
+    def _move(self, moves: list[Move]) -> None:
+        at = {v.offset: v for v in self._versions.values() if v.offset >= 0}
+        for move in moves:
+            self._arena.move(move)
+            self._hide(at[move.source])
+            at[move.source].offset, at[move.source].state = move.target, _State.WRITING
+
+    def _evict(self, version: _Version) -> None:
+        """Give the block's room back; the version can be loaded again."""
+        self._arena.free(version.offset)
+        self._hide(version)
+        version.offset, version.directory, version.state = -1, None, _State.ABSENT
+        self._evictions += 1
+
+    def _hide(self, version: _Version) -> None:
+        """Whatever was remembered of the block was about the place where it no longer is."""
+        assert version.block is not None
+        self._on_evict(version.block.key)
+        version.block, version.unclaimed = None, 0
+
+    def _show(self, version: _Version, directory: Directory) -> None:
+        version.directory, version.state = directory, _State.RESIDENT
+        version.block = Block(next(self._keys), version.offset, version.nbytes, directory)
+
+    def _drop_forgotten(self) -> None:
+        """Of a version that nobody names or uses nothing stays: no block, no image, no memory of it."""
+        for digest in tuple(self._forgotten):
+            version = self._versions[digest]
+            if version.state is _State.RESIDENT and self._may_leave(version):
+                self._evict(version)
+            if version.state is _State.ABSENT:
+                self._forgotten.discard(digest)
+                del self._versions[digest]
+                self._loader.submit(RemoveJob(digest))
+
+    def _prepared(self, digest: str, done: Done) -> None:
+        if done.error is None:
+            version = self._versions.setdefault(digest, _Version(digest))
+            version.error = None
+            if version.state is _State.ABSENT:
+                version.nbytes = done.nbytes
+
+    def _sized(self, version: _Version, done: Done) -> None:
+        version.state, version.nbytes = _State.ABSENT, done.nbytes
+        self._note(version, done.error)
+
+    def _loaded(self, job: LoadJob, done: Done) -> None:
+        at = {v.offset: v for v in self._versions.values() if v.offset >= 0}
+        for move in job.moves:
+            moved = at[move.target]
+            assert moved.directory is not None, "only blocks that were written move"
+            self._show(moved, moved.directory)
+        version = self._versions[job.digest]
+        self._note(version, done.error)
+        if done.directory is None:
+            self._arena.free(version.offset)
+            version.offset, version.nbytes, version.state = -1, 0, _State.ABSENT
+            return
+        self._show(version, done.directory)
+        version.unclaimed, version.used_at = self._polls + CLAIM_POLLS, next(self._clock)
+        self._loads += 1
+        self._load_s.append(done.seconds)
+
+    def _note(self, version: _Version, error: AdapterError | None) -> None:
+        version.error, version.until = error, time.monotonic() + ERROR_S

@@ -1,0 +1,1 @@
+"""The subcommands of ``weft``: each module adds its arguments and runs. Import no torch."""

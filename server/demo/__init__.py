@@ -1,0 +1,1 @@
+"""The demonstration: a small real backbone, adapters trained on it, and the string tasks they solve."""

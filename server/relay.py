@@ -1,0 +1,355 @@
+"""Between the doors and the engine: the queue's bounds, who waits for which event, and which versions are in
+use.
+
+Lives on the event loop's thread and knows neither gRPC nor processes. The engine is reached through
+``EngineLink``; what comes back arrives through ``deliver``. The engine never waits for a reader: every
+request has one mailbox that merges what was not taken yet.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol
+
+from weft.adapters_store import errors as store
+from weft.adapters_store.report import AdapterReport
+from weft.server import errors
+from weft.server.engine.messages import (
+    Abort,
+    Command,
+    Digest,
+    EngineInfo,
+    Event,
+    Failed,
+    Failure,
+    FinishReason,
+    Forget,
+    Prepare,
+    Prepared,
+    Refused,
+    RequestId,
+    Scheduled,
+    StepStats,
+    Submit,
+    Tokens,
+)
+from weft.server.metrics import Metrics
+
+# the slowest part of a start is known to nobody here; callers are told to come back when the table says
+DOWN = "expected a running engine, got one that is starting again"
+
+
+class EngineLink(Protocol):
+    """The way to the engine, whichever process or thread it lives in. Never blocks."""
+
+    def send(self, command: Command) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """What may wait before callers are told to come back later."""
+
+    requests_max: int
+    tokens_max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one request brought since the last look; ``finish`` is set with the last tokens."""
+
+    tokens: tuple[int, ...]
+    finish: FinishReason | None
+
+
+def raised(failure: Failure, message: str, field: str = "") -> Exception:
+    """The error that callers are told for a failure that the engine reports."""
+    match failure:
+        case Failure.ADAPTER_INVALID:
+            return store.AdapterInvalid(message, field)
+        case Failure.ADAPTER_TOO_LARGE:
+            return store.AdapterTooLarge(message, field)
+        case Failure.ADAPTER_CORRUPT:
+            return store.AdapterCorrupt(message, field)
+        case Failure.REQUEST_TOO_LARGE:
+            return errors.RequestTooLarge(message, field=field)
+        case Failure.NON_FINITE_LOGITS:
+            return errors.NonFiniteLogits(message, field=field)
+        case Failure.DEADLINE:
+            return errors.DeadlineExceeded(message, field=field)
+        case Failure.ENGINE_LOST:
+            return errors.EngineRestarting(message, field=field)
+        case Failure.BUG:
+            return errors.EngineBug(message, field=field)
+
+
+class Ticket:
+    """One request in flight. A context manager: leaving it before the end aborts the request in the
+    engine.
+    """
+
+    def __init__(self, relay: "Relay", submit: Submit) -> None:
+        self.submit = submit
+        self.waiting = True
+        self.ended = False
+        self.received = 0
+        self.began_s = self.last_s = time.monotonic()
+        self._relay = relay
+        self._tokens: list[int] = []
+        self._finish: FinishReason | None = None
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def tokens_max(self) -> int:
+        """Most tokens that the request can come to hold."""
+        return len(self.submit.prompt) + self.submit.max_new_tokens
+
+    async def take(self) -> Progress:
+        """Wait for news and return all of it; raises the error that ended the request, after its last
+        tokens.
+        """
+        await self._changed.wait()
+        if self._error is not None and not self._tokens:
+            raise self._error
+        if self._error is None:
+            self._changed.clear()
+        progress = Progress(tuple(self._tokens), self._finish)
+        self._tokens.clear()
+        return progress
+
+    def add(self, tokens: tuple[int, ...], finish: FinishReason | None) -> None:
+        """Put news in the mailbox."""
+        self._tokens.extend(tokens)
+        self.received += len(tokens)
+        self._finish = finish
+        self._changed.set()
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error."""
+        self._error = error
+        self._changed.set()
+
+    def leave(self, outcome: str) -> None:
+        """End the request for whatever reason; only the first time counts."""
+        self._relay.leave(self, outcome)
+
+    def __enter__(self) -> "Ticket":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            outcome = self._finish.value if self._finish is not None else FinishReason.STOP.value
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
+            outcome = "cancelled"
+        else:
+            outcome = "deadline" if isinstance(error, errors.DeadlineExceeded) else "error"
+        self.leave(outcome)
+
+
+class Relay:
+    """Everything in flight between the doors and one engine at a time."""
+
+    def __init__(self, link: EngineLink, limits: QueueLimits, metrics: Metrics) -> None:
+        self.info: EngineInfo | None = None
+        self.stats: StepStats | None = None
+        self.draining = False
+        self._link = link
+        self._limits = limits
+        self._metrics = metrics
+        self._tickets: dict[RequestId, Ticket] = {}
+        self._prepares: dict[Digest, asyncio.Future[AdapterReport]] = {}
+        self._users: Counter[Digest] = Counter()
+        self._left = asyncio.Event()
+        self._waiting_requests = 0
+        self._waiting_tokens = 0
+        self._serial = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine owes somebody an event."""
+        return bool(self._tickets or self._prepares)
+
+    def engine(self) -> EngineInfo:
+        """What the running engine is; raises EngineRestarting while there is none."""
+        if self.info is None:
+            raise errors.EngineRestarting(DOWN)
+        return self.info
+
+    def next_id(self) -> RequestId:
+        """An id that no other request of this server has."""
+        self._serial += 1
+        return RequestId(f"r{self._serial}")
+
+    def admit(self) -> None:
+        """Raise Draining when nothing new is taken any more."""
+        if self.draining:
+            raise errors.Draining("expected a serving server, got one that is stopping")
+
+    def submit(self, submit: Submit) -> Ticket:
+        """Queue a request, or say why not."""
+        self.admit()
+        self.engine()
+        ticket = Ticket(self, submit)
+        requests, tokens = self._waiting_requests + 1, self._waiting_tokens + ticket.tokens_max
+        if requests > self._limits.requests_max:
+            raise errors.Overloaded(f"queue_requests_max is {self._limits.requests_max}, and as many wait")
+        # a request larger than the whole queue may wait alone: whether it can run is the engine's to say
+        if tokens > self._limits.tokens_max and self._waiting_requests:
+            raise errors.Overloaded(
+                f"request needs {ticket.tokens_max} tokens, "
+                f"queue_tokens_max leaves {self._limits.tokens_max - self._waiting_tokens}"
+            )
+        self._tickets[submit.id] = ticket
+        if submit.adapter is not None:
+            self._users[submit.adapter] += 1
+        self._count_waiting(1, ticket.tokens_max)
+        self._metrics.admitted(len(submit.prompt))
+        self._link.send(submit)
+        return ticket
+
+    def leave(self, ticket: Ticket, outcome: str) -> None:
+        """Strike a request off, once; abort it in the engine unless it ended there."""
+        if self._tickets.pop(ticket.submit.id, None) is None:
+            return
+        if not ticket.ended and self.info is not None:
+            self._link.send(Abort(ticket.submit.id))
+        self._unqueue(ticket)
+        digest = ticket.submit.adapter
+        if digest is not None:
+            self._users[digest] -= 1
+            if not self._users[digest]:
+                del self._users[digest]
+        self._metrics.running(len(self._tickets) - self._waiting_requests)
+        self._metrics.finished(outcome, time.monotonic() - ticket.began_s, ticket.received)
+        self._left.set()
+
+    async def unused(self, digest: Digest) -> None:
+        """Wait until no request in flight uses the version."""
+        while self._users[digest]:
+            self._left.clear()
+            await self._left.wait()
+
+    async def idle(self) -> None:
+        """Wait until no request is in flight."""
+        while self._tickets:
+            self._left.clear()
+            await self._left.wait()
+
+    async def prepare(self, digest: Digest) -> AdapterReport:
+        """Have the engine compile a version; raises the store's errors when it is refused."""
+        self.engine()
+        future = self._prepares.get(digest)
+        if future is None:
+            future = asyncio.get_running_loop().create_future()
+            # nobody may be left to hear of it
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
+            self._prepares[digest] = future
+            self._link.send(Prepare(digest))
+        return await asyncio.shield(future)
+
+    def forget(self, digest: Digest) -> None:
+        """Tell the engine that a version has no name any more."""
+        # whoever prepares it after this must not be told what was true before
+        self._prepares.pop(digest, None)
+        if self.info is not None:
+            self._link.send(Forget(digest))
+
+    def engine_ready(self, info: EngineInfo) -> None:
+        """An engine serves from now on."""
+        self.info = info
+        self._metrics.engine_ready(info)
+
+    def engine_lost(self) -> None:
+        """The engine is gone, and with it all that was in flight."""
+        self.info = None
+        self.stats = None
+        self._metrics.engine_lost()
+        lost = errors.EngineRestarting("the engine stopped before the request was done; it is starting again")
+        for ticket in self._tickets.values():
+            ticket.ended = True
+        self.fail_all(lost)
+
+    def fail_all(self, error: Exception) -> None:
+        """End everything in flight with an error."""
+        for ticket in self._tickets.values():
+            ticket.fail(error)
+        for future in self._prepares.values():
+            if not future.done():
+                future.set_exception(error)
+        self._prepares.clear()
+
+    def deliver(self, events: Iterable[Event]) -> None:
+        """Hand the engine's events to whoever waits for them; events of requests that left are dropped."""
+        for event in events:
+            match event:
+                case Tokens():
+                    self._tokens(event)
+                case Scheduled():
+                    self._scheduled(event)
+                case Failed():
+                    self._failed(event)
+                case StepStats():
+                    self.stats = event
+                    self._metrics.step(event)
+                case Prepared():
+                    self._settle(event.digest, event.report, None)
+                case Refused():
+                    self._settle(event.digest, None, raised(event.failure, event.message, event.field))
+
+    def _tokens(self, event: Tokens) -> None:
+        self._metrics.generated(len(event.tokens))
+        ticket = self._tickets.get(event.id)
+        if ticket is None:
+            return
+        self._unqueue(ticket)
+        ticket.ended = event.finish is not None
+        now_s = time.monotonic()
+        if event.tokens:
+            if ticket.received == 0:
+                self._metrics.first_token(now_s - ticket.began_s)
+            else:
+                self._metrics.more_tokens(len(event.tokens), now_s - ticket.last_s)
+            ticket.last_s = now_s
+        ticket.add(event.tokens, event.finish)
+
+    def _scheduled(self, event: Scheduled) -> None:
+        self._metrics.scheduled(event.queue_s, event.adapter_wait_s)
+        ticket = self._tickets.get(event.id)
+        if ticket is not None:
+            self._unqueue(ticket)
+
+    def _failed(self, event: Failed) -> None:
+        ticket = self._tickets.get(event.id)
+        if ticket is None:
+            return
+        error = raised(event.failure, event.message)
+        if isinstance(error, store.AdapterInvalid):
+            # the request is not to blame for what its adapter has become
+            error = store.AdapterIncompatible(event.message, "adapter")
+        ticket.ended = True
+        ticket.fail(error)
+
+    def _settle(self, digest: Digest, report: AdapterReport | None, error: Exception | None) -> None:
+        future = self._prepares.pop(digest, None)
+        if future is None or future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        elif report is not None:
+            future.set_result(report)
+
+    def _unqueue(self, ticket: Ticket) -> None:
+        if ticket.waiting:
+            ticket.waiting = False
+            self._count_waiting(-1, -ticket.tokens_max)
+
+    def _count_waiting(self, requests: int, tokens: int) -> None:
+        self._waiting_requests += requests
+        self._waiting_tokens += tokens
+        self._metrics.queued(self._waiting_requests, self._waiting_tokens)
+        self._metrics.running(len(self._tickets) - self._waiting_requests)
