@@ -55,16 +55,12 @@ def header_bytes(first: bytes, file_bytes: int | None = None) -> int:
     if len(first) < LENGTH_BYTES:
         raise expected(FIELD, f"at least {LENGTH_BYTES} bytes", len(first))
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
-    if 2 <= length <= HEADER_BYTES_MAX:
-        if file_bytes is not None and length > file_bytes - LENGTH_BYTES:
-            raise expected(
-                FIELD, f"a header of at most {file_bytes - LENGTH_BYTES} bytes in a file of {file_bytes}", length
-            )
-        return length
-    for magic, name, advice in _FOREIGN:
-        if first.startswith(magic[:LENGTH_BYTES]):
-            raise expected(FIELD, "a safetensors file", name, advice)
-    raise expected(FIELD, f"a safetensors header of 2 to {HEADER_BYTES_MAX} bytes", length)
+    if not 2 <= length <= HEADER_BYTES_MAX:
+        raise _foreign(first) or expected(FIELD, f"a safetensors header of 2 to {HEADER_BYTES_MAX} bytes", length)
+    if file_bytes is not None and length > file_bytes - LENGTH_BYTES:
+        wanted = f"a header of at most {file_bytes - LENGTH_BYTES} bytes in a file of {file_bytes}"
+        raise _foreign(first) or expected(FIELD, wanted, length)
+    return length
 
 
 def read_header(raw: bytes, data_bytes: int) -> Header:
@@ -82,6 +78,14 @@ def read_header(raw: bytes, data_bytes: int) -> Header:
     tensors = {name: _tensor(name, entry) for name, entry in entries.items()}
     _check_cover(tensors, data_bytes)
     return Header(tensors, LENGTH_BYTES + len(raw))
+
+
+def _foreign(first: bytes) -> AdapterInvalid | None:
+    """The refusal of a file that is plainly something else. A good length may begin with the same bytes: ask later."""
+    for magic, name, advice in _FOREIGN:
+        if first.startswith(magic[:LENGTH_BYTES]):
+            return expected(FIELD, "a safetensors file", name, advice)
+    return None
 
 
 def _check_metadata(metadata: Any) -> None:

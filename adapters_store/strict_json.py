@@ -34,8 +34,8 @@ def read_object(raw: bytes, field: str, bytes_max: int = CONFIG_BYTES_MAX) -> di
             object_pairs_hook=hooks.pairs,
         )
     except json.JSONDecodeError as error:
-        where = f"{error.msg} at line {error.lineno} column {error.colno}"
-        raise expected(field, "JSON", where) from None
+        where = f"line {error.lineno} column {error.colno}"
+        raise expected(field, "JSON", f"something else at {where}", error.msg) from None
     if not isinstance(value, dict):
         raise expected(field, "a JSON object", f"a {type(value).__name__}")
     return value

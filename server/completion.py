@@ -3,6 +3,7 @@ merged.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,6 +12,9 @@ from weft.server.engine.messages import FinishReason
 from weft.server.errors import DeadlineExceeded
 from weft.server.relay import Ticket
 from weft.server.text import Detokenizer, StopStrings, Tokenizer
+
+# the longest tokens have some hundred bytes: so many stay within a message
+PIECE_TOKENS_MAX = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,8 @@ class Completion:
         self._expires_s = expires_s
         self._detokenizer = Detokenizer(tokenizer) if tokenizer is not None else None
         self._stops = StopStrings(stops)
-        self._text: list[str] = []
-        self._tokens: list[int] = []
+        # tokens not taken yet, each with the text that became certain with it
+        self._pending: deque[tuple[int | None, str]] = deque()
         self._finish: FinishReason | None = None
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -63,18 +67,16 @@ class Completion:
             await asyncio.wait([self._task])
 
     async def take(self) -> Piece:
-        """Wait for news and return all of it merged; raises what ended the request, after the last piece."""
+        """Wait for news and return it merged, up to a message's worth; raises what ended the request at the end."""
         await self._changed.wait()
-        self._changed.clear()
-        piece = Piece("".join(self._text), tuple(self._tokens), self._finish)
-        self._text.clear()
-        self._tokens.clear()
-        if self._task is not None and self._task.done() and self._finish is None:
-            if piece.tokens:
-                self._changed.set()
-            else:
+        entries = [self._pending.popleft() for _ in range(min(len(self._pending), PIECE_TOKENS_MAX))]
+        tokens = tuple(token for token, _ in entries if token is not None)
+        last = not self._pending
+        if last:
+            self._changed.clear()
+            if not entries and self._finish is None and self._task is not None and self._task.done():
                 self._task.result()
-        return piece
+        return Piece("".join(text for _, text in entries), tokens, self._finish if last else None)
 
     async def _follow(self) -> None:
         """Take tokens until the end, a stop string or the deadline."""
@@ -97,18 +99,17 @@ class Completion:
     def _show(self, tokens: Sequence[int]) -> bool:
         """Add tokens and their text up to a stop string; whether one was completed."""
         for token in tokens:
-            self._tokens.append(token)
             self.completion_tokens += 1
-            if self._detokenizer is not None and self._add(self._detokenizer.feed(token)):
+            text, stopped = "", False
+            if self._detokenizer is not None:
+                text, stopped = self._stops.feed(self._detokenizer.feed(token))
+            self._pending.append((token, text))
+            if stopped:
                 return True
         return False
 
-    def _add(self, text: str) -> bool:
-        shown, stopped = self._stops.feed(text)
-        self._text.append(shown)
-        return stopped
-
     def _flush(self) -> None:
         """Add what was held back for a next token that does not come."""
-        if self._detokenizer is not None and not self._add(self._detokenizer.flush()):
-            self._text.append(self._stops.flush())
+        if self._detokenizer is not None:
+            text, stopped = self._stops.feed(self._detokenizer.flush())
+            self._pending.append((None, text if stopped else text + self._stops.flush()))

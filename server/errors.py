@@ -14,6 +14,7 @@ ServerError
 ├── UploadStalled           an upload brought nothing for too long          ABORTED
 ├── UploadTooLarge          an upload beyond ``adapter_bytes_max``          RESOURCE_EXHAUSTED
 ├── RequestTooLarge         keys and values can never fit                   RESOURCE_EXHAUSTED
+├── AnswerTooLarge          the answer is larger than a message             RESOURCE_EXHAUSTED
 ├── SlowConsumer            the caller does not read its stream             RESOURCE_EXHAUSTED
 ├── DeadlineExceeded        the caller's deadline or the server's maximum   DEADLINE_EXCEEDED
 ├── Unavailable             another attempt or another replica may succeed  UNAVAILABLE
@@ -95,6 +96,10 @@ class RequestTooLarge(ServerError):
     """The keys and values of this request can never fit."""
 
 
+class AnswerTooLarge(ServerError):
+    """The answer is larger than a message may be."""
+
+
 class SlowConsumer(ServerError):
     """The caller does not read its stream."""
 
@@ -153,6 +158,7 @@ TABLE: Mapping[type[Exception], Row] = {
     UploadStalled: Row(StatusCode.ABORTED, "UPLOAD_STALLED"),
     UploadTooLarge: Row(StatusCode.RESOURCE_EXHAUSTED, "UPLOAD_TOO_LARGE"),
     RequestTooLarge: Row(StatusCode.RESOURCE_EXHAUSTED, "REQUEST_TOO_LARGE"),
+    AnswerTooLarge: Row(StatusCode.RESOURCE_EXHAUSTED, "ANSWER_TOO_LARGE"),
     SlowConsumer: Row(StatusCode.RESOURCE_EXHAUSTED, "SLOW_CONSUMER"),
     DeadlineExceeded: Row(StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"),
     Overloaded: Row(StatusCode.UNAVAILABLE, "OVERLOADED", retry_after_s=1.0),

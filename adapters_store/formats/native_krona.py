@@ -33,7 +33,7 @@ def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> Parse
         raise expected("base_fingerprint", f"this backbone's, {catalogue.digest}", show(fingerprint))
     settings.finish(METHOD)
     found = by_module(header, [A, B], catalogue)
-    require_exactly(found, found, [A, B])
+    require_exactly(found, found, [A, B], "the other factor is there")
     sites: dict[str, SiteOperators] = {}
     for module in sorted(found, key=lambda module: catalogue.index.get(module, -1)):
         a, b = found[module][A], found[module][B]

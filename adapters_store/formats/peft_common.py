@@ -2,9 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
-from weft.adapters_store.errors import expected
 from weft.adapters_store.formats.settings import Settings, show
-from weft.adapters_store.formats.tensors import PREFIX, Roles
+from weft.adapters_store.formats.tensors import Roles
 from weft.adapters_store.operators import TensorRef
 
 DIALECT = "peft"
@@ -39,11 +38,3 @@ def fan_in_fan_out_notes(settings: Settings, kinds: Iterable[str]) -> tuple[str,
     if said == transposed:
         return ()
     return (f"fan_in_fan_out={show(said)} does not describe this backbone and has no effect, as in PEFT",)
-
-
-def rank_of(rank: int, site: str, field: str, tensor: TensorRef, axis: int) -> None:
-    """The rank that the config says is the rank that a tensor has."""
-    got = tensor.shape[axis] if len(tensor.shape) == 2 else 0
-    if got != rank:
-        wanted = f"rank {rank} on axis {axis}, as {field} says for {site.removeprefix(PREFIX)}"
-        raise expected(tensor.name, wanted, list(tensor.shape))

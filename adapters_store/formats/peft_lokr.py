@@ -9,7 +9,7 @@ from weft.adapters_store.errors import expected
 from weft.adapters_store.formats.peft_common import COPY_ROLES, DIALECT, copies, read_common
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.formats.targets import by_pattern, target_sites
-from weft.adapters_store.formats.tensors import Roles, by_module, require_exactly
+from weft.adapters_store.formats.tensors import Roles, by_module, missing_tensor, require_exactly
 from weft.adapters_store.operators import Factor, Kron, ParsedAdapter, SiteOperators, TensorRef
 from weft.adapters_store.safetensors_header import Header
 from weft.adapters_store.sites import CatalogueInfo, SiteInfo
@@ -60,12 +60,10 @@ def _factor(tensors: Roles, name: str, rank: int, path: str) -> Factor:
         if stray is not None:
             raise expected(stray.name, f"{name} or its two factors", "both")
         return Factor(_matrix(whole))
-    if left is None or right is None:
-        pair = [f"{name}_a", f"{name}_b"]
-        absent = [part for part, tensor in zip(pair, (left, right), strict=True) if tensor is None]
-        required = absent[0] if len(absent) == 1 else name
-        require_exactly({}, (path,), (required,))
-        raise AssertionError("require_exactly refuses a missing tensor")
+    if left is None:
+        raise missing_tensor(path, name if right is None else f"{name}_a", "target_modules names its module")
+    if right is None:
+        raise missing_tensor(path, f"{name}_b", f"{name}_a is there")
     if _matrix(left).shape[1] != rank:
         raise expected(left.name, f"shape [rows, {rank}]", list(left.shape), f"r is {rank} for {path}")
     if _matrix(right).shape[0] != rank:

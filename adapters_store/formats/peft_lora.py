@@ -8,7 +8,7 @@ A and B lie the same way for Conv1D, whose own weight is stored [in, out].
 from dataclasses import dataclass
 from math import sqrt
 
-from weft.adapters_store.errors import expected, some
+from weft.adapters_store.errors import expected
 from weft.adapters_store.formats.peft_common import (
     COPY_ROLES,
     DIALECT,
@@ -19,9 +19,9 @@ from weft.adapters_store.formats.peft_common import (
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.formats.targets import by_pattern, target_sites
 from weft.adapters_store.formats.tensors import (
-    PREFIX,
     Roles,
     by_module,
+    missing_tensor,
     require_exactly,
     require_shape,
     require_site,
@@ -168,7 +168,8 @@ def _absolute_biases(found: dict[str, Roles], config: _Config, catalogue: Catalo
             biases[module] = Bias(tensor, absolute=True)
     due = [site.path for site in catalogue.sites if site.has_bias]
     asked = [path for path in due if config.bias == "all" or path in wrapped]
-    missing = [f"{PREFIX}{path}.{BASE_BIAS if path in wrapped else BIAS}" for path in asked if path not in biases]
+    missing = [path for path in asked if path not in biases]
     if missing:
-        raise expected(missing[0], f"this tensor, because bias is {config.bias}", "none", f"missing: {some(missing)}")
+        role = BASE_BIAS if missing[0] in wrapped else BIAS
+        raise missing_tensor(missing[0], role, f"bias is {config.bias}", len(missing) - 1)
     return biases

@@ -1,5 +1,6 @@
 """Reads the keys of a config one by one, strictly typed; whatever no parser asked for is refused by name."""
 
+import json
 from typing import Any, NoReturn
 
 from weft.adapters_store.errors import expected, quoted, some
@@ -95,7 +96,7 @@ class Settings:
         value = self._take(key, False)
         falsy = value is None or value is False or value in ("", [], {})
         if not falsy and value not in but:
-            self._refuse(key, "it unset", value, why)
+            self._refuse(key, "null or false", value, why)
 
     def ignore(self, *keys: str) -> None:
         """Settings that only matter in training."""
@@ -140,6 +141,4 @@ class Settings:
 
 def show(value: object) -> str:
     """A JSON value as its sender wrote it, short and safe to print."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return quoted(f'"{value}"' if isinstance(value, str) else str(value), 80)
+    return quoted(json.dumps(value), 80)

@@ -29,7 +29,7 @@ def target_sites(settings: Settings, catalogue: CatalogueInfo, by_layer: bool = 
     if not targets:
         raise expected("target_modules", "the names that PEFT writes when it saves", "none")
     if isinstance(targets, str) and layers is not None:
-        raise expected("layers_to_transform", "it unset when target_modules is a pattern", layers)
+        raise expected("layers_to_transform", "null when target_modules is a pattern", list(layers))
     if layers_pattern and layers is None:
         raise expected("layers_pattern", "it together with layers_to_transform", "it alone")
     names = sorted(catalogue.modules.union(catalogue.index))

@@ -21,6 +21,9 @@ FOREIGN = {
     ".lokr_t2": "LoKr of convolutions is not served",
 }
 
+# ends that any name may have
+GENERIC = {"weight", "bias"}
+
 Roles = dict[str, TensorRef]
 
 
@@ -35,6 +38,8 @@ def by_module(header: Header, roles: Iterable[str], catalogue: CatalogueInfo) ->
             raise _foreign(name, ordered)
         module = path.removesuffix(f".{role}")
         if module not in catalogue.modules and module not in catalogue.index:
+            if role in GENERIC:
+                raise _foreign(name, ordered)
             wanted = f"a module of this backbone, whose linear modules are {names_of_backbone(catalogue)}"
             raise expected(name, wanted, quoted(module))
         found.setdefault(module, {})[role] = tensor
@@ -48,20 +53,27 @@ def require_site(module: str, tensor: TensorRef, catalogue: CatalogueInfo) -> Si
     return catalogue.sites[catalogue.index[module]]
 
 
-def require_exactly(found: Mapping[str, Roles], targets: Iterable[str], roles: Iterable[str]) -> None:
+def require_exactly(
+    found: Mapping[str, Roles],
+    targets: Iterable[str],
+    roles: Iterable[str],
+    why: str = "target_modules names its module",
+) -> None:
     """Every target has the roles asked for, and no other module has any of them."""
     wanted, asked = tuple(roles), set(targets)
-    missing = [
-        f"{PREFIX}{module}.{role}" for module in sorted(asked) for role in wanted if role not in found.get(module, {})
-    ]
+    missing = [(module, role) for module in sorted(asked) for role in wanted if role not in found.get(module, {})]
     if missing:
-        more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""
-        message = f"{missing[0]}: expected this tensor, because target_modules asks for it, got none{more}"
-        raise AdapterInvalid(message, missing[0])
+        raise missing_tensor(*missing[0], why, len(missing) - 1)
     for module, tensors in found.items():
         stray = next((tensors[role] for role in wanted if role in tensors), None)
         if module not in asked and stray is not None:
-            raise expected(stray.name, "tensors of target_modules only", "one of another module")
+            raise expected(stray.name, "tensors of the modules that the config targets", "one of another module")
+
+
+def missing_tensor(module: str, role: str, why: str, more: int = 0) -> AdapterInvalid:
+    """The refusal of a file that lacks a tensor."""
+    also = f", and {more} more are missing" if more else ""
+    return expected(f"{PREFIX}{module}.{role}", "this tensor", "none", f"{why}{also}")
 
 
 def require_shape(tensor: TensorRef, shape: tuple[int, ...], why: str) -> None:

@@ -11,7 +11,7 @@ from weft.proto.v1 import adapters_pb2, inference_pb2, server_pb2
 from weft.server.config import ConfigError, ServerConfig, parse_address
 from weft.server.doors import health, reflection
 from weft.server.doors.adapters import AdapterService
-from weft.server.doors.edge import Edge, paths
+from weft.server.doors.edge import MESSAGE_BYTES_MAX, Edge, paths
 from weft.server.doors.health import Health
 from weft.server.doors.inference import InferenceService
 from weft.server.doors.info import ServerService
@@ -23,7 +23,6 @@ SERVER = server_pb2.DESCRIPTOR.services_by_name["ServerService"]
 SERVICES: tuple[ServiceDescriptor, ...] = (INFERENCE, ADAPTERS, SERVER, health.SERVICE, reflection.SERVICE)
 METHODS = paths(SERVICES)
 
-MESSAGE_BYTES_MAX = 4 << 20
 # only a backstop: the queue's own limits come first and say when to come back
 CALLS_MAX = 16384
 OPTIONS = (

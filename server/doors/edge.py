@@ -23,11 +23,13 @@ from grpc import StatusCode
 
 from weft.server.doors.auth import Bearer
 from weft.server.doors.status import verdict
-from weft.server.errors import MalformedMessage, SlowConsumer
+from weft.server.errors import AnswerTooLarge, MalformedMessage, SlowConsumer
 from weft.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+# in either direction
+MESSAGE_BYTES_MAX = 4 << 20
 # time that the status gets to reach a caller who does not read
 FAREWELL_S = 1.0
 
@@ -74,6 +76,14 @@ class Method:
             yield self.decode(each)
 
 
+def encoded(message: Message) -> bytes:
+    """Serialize an answer, unless it is larger than grpc would send."""
+    raw = message.SerializeToString()
+    if len(raw) > MESSAGE_BYTES_MAX:
+        raise AnswerTooLarge(f"expected an answer of at most {MESSAGE_BYTES_MAX} bytes, got {len(raw)}; ask for less")
+    return raw
+
+
 def paths(services: Sequence[ServiceDescriptor]) -> tuple[str, ...]:
     """All RPCs of these services as ``service/method``."""
     return tuple(f"{service.full_name}/{method.name}" for service in services for method in service.methods)
@@ -113,7 +123,7 @@ class Edge:
     ) -> Callable[[bytes, Context], Awaitable[bytes]]:
         async def call(raw: bytes, context: Context) -> bytes:
             async with self._guard(method, context) as this:
-                return (await handle(method.decode(raw), this)).SerializeToString()
+                return encoded(await handle(method.decode(raw), this))
             raise AssertionError("a failed call was aborted")
 
         return call
@@ -132,7 +142,7 @@ class Edge:
     ) -> Callable[[AsyncIterator[bytes], Context], Awaitable[bytes]]:
         async def call(raw: AsyncIterator[bytes], context: Context) -> bytes:
             async with self._guard(method, context) as this:
-                return (await handle(method.decode_all(raw), this)).SerializeToString()
+                return encoded(await handle(method.decode_all(raw), this))
             raise AssertionError("a failed call was aborted")
 
         return call
@@ -152,7 +162,7 @@ class Edge:
             async for message in messages:
                 try:
                     async with asyncio.timeout(self._write_stall_s_max):
-                        await context.write(message.SerializeToString())
+                        await context.write(encoded(message))
                 except TimeoutError:
                     limit = self._write_stall_s_max
                     raise SlowConsumer(f"expected the stream to be read, got nothing read for {limit:g} s") from None

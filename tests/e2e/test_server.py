@@ -15,7 +15,11 @@ from weft.client.values import Delta, Finished, Started
 from weft.server.demo import tasks
 
 ADAPTERS = tasks.ASSETS_DIR / "adapters"
-BARS = {"LoRA": 0.98, "KronA": 0.98, "(IA)³": 0.95}
+
+
+def bar(method: str) -> float:
+    """The held-out accuracy that an adapter of this method must reach."""
+    return 0.95 if method.startswith("(IA)") else 0.98
 
 
 def register_all(client: Client) -> None:
@@ -62,7 +66,7 @@ def test_every_task_is_answered_by_its_own_adapter_in_one_mixed_batch(server, cl
     answers = ask_all(client, jobs)
     found = {a.name: accuracy(client, a.name, a.task, per_adapter, 1, answers) for a in tasks.DEMO_ADAPTERS}
     print(found)
-    assert not {a.name: found[a.name] for a in tasks.DEMO_ADAPTERS if found[a.name] < BARS[a.method]}
+    assert not {a.name: found[a.name] for a in tasks.DEMO_ADAPTERS if found[a.name] < bar(a.method)}
     assert sum(answers["", prompt] == want for prompt, want in base) <= 0.05 * per_adapter
     assert server.scrape()["weft_batch_adapters_sum"] > 0
 

@@ -40,7 +40,8 @@ from weft.server.engine.messages import (
 )
 
 # files in the model folder
-DIE_AT_START, FAIL_AT_START, BACKBONE_DIGEST, TRICKLE = "die_at_start", "fail_at_start", "digest", "trickle"
+DIE_AT_START, FAIL_AT_START, BACKBONE_DIGEST, REFUSES = "die_at_start", "fail_at_start", "digest", "refuses"
+LONG_CONTEXT, LONG_CONTEXT_TOKENS = "long_context", 4_000_000
 
 # first tokens of prompts
 WAIT = 900  # stay in the queue
@@ -93,7 +94,7 @@ def info(config: EngineConfig) -> EngineInfo:
         parameters=123,
         dtype="float32",
         vocabulary=VOCABULARY,
-        context_tokens=CONTEXT,
+        context_tokens=LONG_CONTEXT_TOKENS if (Path(config.model) / LONG_CONTEXT).exists() else CONTEXT,
         eos_ids=(EOS,),
         default_sampling=Sampling(temperature=0.5, top_k=7, top_p=0.75),
         device="cpu",
@@ -112,8 +113,8 @@ class FakeEngine:
         self.requests: dict[RequestId, Request] = {}
         self.log = (Path(config.model) / "commands").open("a", buffering=1)
         self.objects = Path(config.store) / "objects"
-        # generate only as many tokens as the file's length allows, for tests of what is merged
-        self.trickle = Path(config.model) / TRICKLE
+        # a file with a digest that is refused
+        self.refuses = Path(config.model) / REFUSES
 
     def handle(self, command: Command) -> list[Event]:
         """Take a command."""
@@ -132,6 +133,8 @@ class FakeEngine:
 
     def prepare(self, digest: Digest) -> list[Event]:
         """Judge an adapter by its alpha."""
+        if self.refuses.exists() and self.refuses.read_text() == digest:
+            return [Refused(digest, Failure.ADAPTER_INVALID, "not any more")]
         config = json.loads((self.objects / digest / "adapter_config.json").read_text())
         match config["lora_alpha"]:
             case 666:

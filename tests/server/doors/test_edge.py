@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from tests.server.doors.harness import Running, refusal, running, until
 from weft.proto.v1 import inference_pb2, server_pb2
 from weft.server.doors import door
+from weft.server.doors.edge import MESSAGE_BYTES_MAX
 
 KINDS = {
     (False, False): "unary_unary",
@@ -98,7 +99,7 @@ def test_an_unknown_method_is_unimplemented(server):
 
 def test_a_message_over_the_limit_is_refused_before_it_is_decoded(server):
     with pytest.raises(grpc.RpcError) as failed:
-        server.generate(text="x" * (door.MESSAGE_BYTES_MAX + 1))
+        server.generate(text="x" * (MESSAGE_BYTES_MAX + 1))
     assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

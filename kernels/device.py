@@ -1,0 +1,194 @@
+"""The interface in Triton: at most three launches per group of sites, whatever mix of adapters a batch holds.
+
+The arena is handed to the kernels three times, as factors, as fp32 vectors and as int32 directories. A batch is one
+packed int32 tensor of tiles, copied to the device once; nothing is read back.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import triton
+from torch import Tensor
+
+from weft.kernels.batch import Rows, Segment
+from weft.kernels.dispatch import Kernels
+from weft.kernels.kron import kron_kernel
+from weft.kernels.layout import ALIGN, BETA_OFF, KRON_COUNT, RANK, SIGMA_IN_OFF, SIGMA_OFF, Geometry
+from weft.kernels.lowrank import expand_kernel, shrink_kernel
+from weft.kernels.scale import scale_input_kernel
+from weft.kernels.tiles import LARGE_MIN, SMALL, Tiles, tiles_for
+
+
+class TritonRows(Rows):
+    """Rows as tiles, int32 [tiles, 4] on the device, each a run of rows of one block.
+
+    tiles:      ``small``: neighbouring short segments of one block share tiles of SMALL rows;
+                ``large``: a segment of at least LARGE_MIN rows has tiles of that many;
+                so which of the two a segment takes depends on its own length only
+    apart:      tiles of SMALL rows that no two segments share: some sums run over the rows of a tile
+    hidden:     rows with an adapter
+    ranks_max:  per group, the largest sum of ranks
+    expands:    per group, whether a site is finished by ``expand``;  ``mixes``: by ``kron``
+    """
+
+    def __init__(self, geometry: Geometry, segments: Sequence[Segment], device: torch.device) -> None:
+        super().__init__(geometry, segments)
+        small: list[Tile] = []
+        large: list[Tile] = []
+        apart: list[Tile] = []
+        runs: list[Tile] = []
+        self.hidden = 0
+        for segment in self.segments:
+            assert segment.block is not None
+            tile = (segment.block.offset // ALIGN, segment.start, segment.stop, self.hidden)
+            apart += _cut(tile, SMALL)
+            if segment.stop - segment.start >= LARGE_MIN:
+                large += _cut(tile, LARGE_MIN)
+            elif runs and runs[-1][0] == tile[0] and runs[-1][2] == segment.start:
+                runs[-1] = (tile[0], runs[-1][1], segment.stop, runs[-1][3])
+            else:
+                runs.append(tile)
+            self.hidden += segment.stop - segment.start
+        for run in runs:
+            small += _cut(run, SMALL)
+        packed = torch.tensor([*small, *large, *apart], dtype=torch.int32).view(-1, 4)
+        if device.type == "cuda":
+            packed = packed.pin_memory().to(device, non_blocking=True)
+        parts = packed.split([len(small), len(large), len(apart)])
+        self.tiles = {"small": parts[0], "large": parts[1]}
+        self.apart = parts[2]
+        starts = [members.start for members in geometry.members]
+        self.ranks_max: npt.NDArray[np.int64] = np.zeros(len(starts), dtype=np.int64)
+        self.expands: npt.NDArray[np.bool_] = np.zeros(len(starts), dtype=bool)
+        self.mixes: npt.NDArray[np.bool_] = np.zeros(len(starts), dtype=bool)
+        for block in self.blocks.values():
+            sites = block.directory.sites
+            mixes, plain = sites[:, KRON_COUNT] > 0, sites[:, (RANK, SIGMA_OFF, BETA_OFF)].any(axis=1)
+            self.ranks_max = np.maximum(self.ranks_max, np.add.reduceat(sites[:, RANK], starts))
+            self.expands |= np.logical_or.reduceat(plain & ~mixes, starts)
+            self.mixes |= np.logical_or.reduceat(mixes, starts)
+
+    def kron_tiles(self, members: range, rows: int, columns: int) -> int:
+        """The most [rows, columns] tiles that Y [o1, o2] takes at any of these sites."""
+        shapes = {
+            (terms[0].o1, terms[0].o2)
+            for block in self.blocks.values()
+            for terms in block.directory.krons[members.start : members.stop]
+            if terms
+        }
+        return max(triton.cdiv(o1, rows) * triton.cdiv(o2, columns) for o1, o2 in shapes)
+
+
+Tile = tuple[int, int, int, int]
+
+
+def _cut(run: Tile, height: int) -> list[Tile]:
+    block, start, stop, hidden = run
+    return [(block, at, min(at + height, stop), hidden + at - start) for at in range(start, stop, height)]
+
+
+class TritonKernels(Kernels):
+    """Launches; keeps nothing but views of the arena and what follows from the geometry."""
+
+    name = "triton"
+
+    def __init__(self, arena: Tensor, geometry: Geometry, tiles: Tiles | None = None) -> None:
+        super().__init__(arena, geometry)
+        self._factors, self._vectors = arena.view(geometry.dtype), arena.view(torch.float32)
+        self._words = arena.view(torch.int32)
+        device_name = torch.cuda.get_device_name(arena.device) if arena.is_cuda else "default"
+        self._tiles = tiles or tiles_for(device_name)
+        self._parts: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._columns: dict[tuple[int, ...], Tensor] = {}
+        # the interpreter multiplies bf16 wrongly, so there the factors are raised to fp32 first
+        self._upcast = geometry.dtype == torch.float32 or (
+            geometry.dtype == torch.bfloat16 and bool(triton.knobs.runtime.interpret)
+        )
+
+    def rows(self, segments: Sequence[Segment]) -> TritonRows:
+        return TritonRows(self.geometry, segments, self.arena.device)
+
+    def apply(self, y: Tensor, x: Tensor, rows: Rows, group: int) -> None:
+        assert isinstance(rows, TritonRows)
+        self._check(y, x, rows, group)
+        if not rows.touched[group]:
+            return
+        upcast = self._upcast or x.dtype != self.geometry.dtype
+        # without ranks nothing reads it
+        hidden = self._vectors.view(1, 1, -1)
+        if rows.ranks_max[group]:
+            hidden = self._shrink(x, rows, group, upcast)
+        if rows.expands[group]:
+            self._expand(y, hidden, rows, group, upcast)
+        if rows.mixes[group]:
+            self._mix(y, x, hidden, rows, group, upcast)
+
+    def scale_input(self, x: Tensor, rows: Rows, site: int) -> Tensor:
+        assert isinstance(rows, TritonRows)
+        scaled = x.clone(memory_format=torch.contiguous_format)
+        options, wide = self._tiles.scale, x.shape[1]
+        if rows.input_scaled(site):
+            grid = (len(rows.apart), triton.cdiv(wide, options["BN"]))
+            scale_input_kernel[grid](
+                scaled, self._vectors, self._words, rows.apart, site, scaled.stride(0), FEATURES=wide, **options
+            )
+        return scaled
+
+    def _shrink(self, x: Tensor, rows: TritonRows, group: int, upcast: bool) -> Tensor:
+        """h, fp32 [planes, rows with an adapter, largest sum of ranks]; only what a row's own ranks take is written."""
+        members, wide, ranks = self.geometry.members[group], x.shape[1], int(rows.ranks_max[group])
+        span, planes = self._tiles.split(wide)
+        hidden = torch.empty(planes, rows.hidden, ranks, dtype=torch.float32, device=x.device)
+        for height, options in self._tiles.shrink.items():
+            tiles = rows.tiles[height]
+            if len(tiles):
+                shrink_kernel[(len(tiles), triton.cdiv(ranks, options["BN"]), planes)](
+                    x, self._factors, self._words, tiles, hidden,
+                    members.start, x.stride(0), hidden.stride(0), hidden.stride(1),
+                    FEATURES=wide, SPAN=span, SITES=len(members), SITES_CEIL=triton.next_power_of_2(len(members)),
+                    ITEM=self._factors.itemsize, UPCAST=upcast, **options,
+                )  # fmt: skip
+        return hidden
+
+    def _expand(self, y: Tensor, hidden: Tensor, rows: TritonRows, group: int, upcast: bool) -> None:
+        members = self.geometry.members[group]
+        talls = self._talls(group)
+        for height, options in self._tiles.expand.items():
+            tiles, parts = rows.tiles[height], self._parts_of(talls, options["BN"])
+            if len(tiles):
+                expand_kernel[(len(tiles), len(parts))](
+                    y, hidden, self._factors, self._vectors, self._words, tiles, parts,
+                    members.start, y.stride(0), hidden.stride(0), hidden.stride(1),
+                    SPLITS=len(hidden), SITES=len(members), SITES_CEIL=triton.next_power_of_2(len(members)),
+                    EVEN=all(tall % 16 == 0 for tall in talls),
+                    ITEM=self._factors.itemsize, UPCAST=upcast, **options,
+                )  # fmt: skip
+
+    def _mix(self, y: Tensor, x: Tensor, hidden: Tensor, rows: TritonRows, group: int, upcast: bool) -> None:
+        members, options = self.geometry.members[group], self._tiles.kron
+        talls = self._talls(group)
+        if talls not in self._columns:
+            firsts = [0, *np.cumsum(talls).tolist()][:-1]
+            self._columns[talls] = torch.tensor(firsts, dtype=torch.int32, device=y.device)
+        grid = (len(rows.apart), len(members), rows.kron_tiles(members, options["BM"], options["BN"]))
+        kron_kernel[grid](
+            y, x, hidden, self._factors, self._vectors, self._words, rows.apart, self._columns[talls],
+            members.start, y.stride(0), x.stride(0), hidden.stride(0), hidden.stride(1),
+            SPLITS=len(hidden), SITES_CEIL=triton.next_power_of_2(len(members)),
+            ITEM=self._factors.itemsize, UPCAST=upcast, **options,
+        )  # fmt: skip
+
+    def _talls(self, group: int) -> tuple[int, ...]:
+        return tuple(self.geometry.sites[s].out_features for s in self.geometry.members[group])
+
+    def _parts_of(self, talls: tuple[int, ...], width: int) -> Tensor:
+        """The column blocks of a group's outputs: int32 [blocks, 4] (``lowrank``)."""
+        if (width, talls) not in self._parts:
+            parts, first = [], 0
+            for member, tall in enumerate(talls):
+                parts += [(member, column, first + column, tall) for column in range(0, tall, width)]
+                first += tall
+            self._parts[width, talls] = torch.tensor(parts, dtype=torch.int32, device=self.arena.device)
+        return self._parts[width, talls]

@@ -1,0 +1,156 @@
+"""The engine process dies, hangs or never starts: what callers hear, how soon, and what is served afterwards."""
+
+import os
+import signal
+import threading
+import time
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from tests.server.doors import fake_engine
+from tests.server.doors.harness import adapter_files, parts, refusal, running, until
+from weft.server.supervisor import EngineFailed, RestartPolicy
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+FAST = RestartPolicy(backoff_s=0.02, stop_s_max=1.0)
+
+
+@pytest.fixture
+def server(tmp_path):
+    with running(tmp_path, policy=FAST) as started:
+        yield started
+
+
+def health(server, service="") -> int:
+    request = health_pb2.HealthCheckRequest(service=service)
+    return server.unary("/grpc.health.v1.Health/Check", request, health_pb2.HealthCheckResponse).status
+
+
+def test_everything_in_flight_is_told_within_a_second_and_then_it_serves_again(server):
+    server.register("kept", adapter_files(1))
+    streams = [server.stream(ids=[fake_engine.HANG], max_new_tokens=5) for _ in range(3)]
+    streams.append(server.stream(ids=[fake_engine.WAIT], adapter="kept", max_new_tokens=5))
+    for stream in streams:
+        next(stream)
+    pid = server.frontend.supervisor.pid
+    killed = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    for stream in streams:
+        with pytest.raises(grpc.RpcError) as failed:
+            next(stream)
+        told = refusal(failed.value)
+        assert (told.code, told.reason) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_RESTARTING")
+        assert told.retry_after_s == 2.0
+    assert time.monotonic() - killed < 1.0
+    until(lambda: health(server) == SERVING)
+    assert server.frontend.supervisor.pid != pid
+    # the store holds what was registered; nothing is registered again
+    assert server.generate(ids=[5], adapter="kept", max_new_tokens=3).text == "ABC"
+    page = server.scrape()
+    assert (page["weft_engine_restarts_total"], page["weft_engine_up"]) == (1, 1)
+    assert (page["weft_requests_running"], page["weft_requests_waiting"]) == (0, 0)
+
+
+def test_while_the_engine_is_away_the_rest_of_the_server_answers(tmp_path):
+    slow = RestartPolicy(backoff_s=1.5, stop_s_max=1.0)
+    with running(tmp_path, policy=slow) as server:
+        server.register("kept", adapter_files(1))
+        os.kill(server.frontend.supervisor.pid, signal.SIGKILL)
+        until(lambda: health(server) == NOT_SERVING)
+        assert health(server, "weft.v1.InferenceService") == NOT_SERVING
+        assert health(server, "liveness") == SERVING
+        for call in (lambda: server.generate(ids=[5]), lambda: list(server.stream(ids=[5])), server.info):
+            with pytest.raises(grpc.RpcError) as failed:
+                call()
+            assert refusal(failed.value).reason == "ENGINE_RESTARTING"
+        with pytest.raises(grpc.RpcError) as failed:
+            server.register("new", adapter_files(2))
+        assert refusal(failed.value).reason == "ENGINE_RESTARTING"
+        assert server.get("kept").name == "kept"
+        assert [each.name for each in server.list_adapters().adapters] == ["kept"]
+        page = server.scrape()
+        assert (page["weft_engine_up"], page["weft_ready"]) == (0, 0)
+        assert page['weft_memory_bytes{kind="backbone",tier="device"}'] == 0
+        server.delete("kept")
+        until(lambda: health(server) == SERVING)
+
+
+def test_a_request_that_kills_the_engine_ends_after_its_tokens(server):
+    with pytest.raises(grpc.RpcError) as failed:
+        server.generate(ids=[fake_engine.DIE], max_new_tokens=9)
+    assert refusal(failed.value).reason == "ENGINE_RESTARTING"
+
+
+def test_an_upload_that_kills_the_engine_leaves_nothing(server):
+    call = server.upload(parts("x", adapter_files(alpha=fake_engine.DIE_ON_PREPARE)))
+    with pytest.raises(grpc.RpcError) as failed:
+        call.result()
+    assert refusal(failed.value).reason == "ENGINE_RESTARTING"
+    assert not server.frontend._catalog.names()
+    until(lambda: not list((server.frontend._catalog._root / "objects").iterdir()))
+    until(lambda: health(server) == SERVING)
+
+
+def test_a_silent_engine_that_owes_answers_is_killed(tmp_path):
+    policy = RestartPolicy(backoff_s=0.02, stop_s_max=0.2, stall_s_max=0.4)
+    with running(tmp_path, policy=policy) as server:
+        pid = server.frontend.supervisor.pid
+        # silence is no crime while nobody waits
+        threading.Event().wait(0.8)
+        assert server.frontend.supervisor.pid == pid
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(grpc.RpcError) as failed:
+            server.generate(ids=[5], max_new_tokens=5)
+        assert refusal(failed.value).reason == "ENGINE_RESTARTING"
+        until(lambda: health(server) == SERVING)
+        assert server.generate(ids=[5], max_new_tokens=1).text == "a"
+
+
+def test_an_engine_that_keeps_dying_is_given_up(tmp_path):
+    policy = RestartPolicy(failures_max=3, backoff_s=0.01, stop_s_max=1.0)
+    with running(tmp_path, policy=policy) as server:
+        (tmp_path / "backbone" / fake_engine.DIE_AT_START).touch()
+        os.kill(server.frontend.supervisor.pid, signal.SIGKILL)
+        until(server.frontend.supervisor.gave_up.done)
+        assert "3 times in a row" in server.frontend.supervisor.gave_up.result()
+        assert health(server) == NOT_SERVING
+        assert server.scrape()["weft_engine_restarts_total"] == 2
+
+
+def test_deaths_far_apart_are_forgiven(tmp_path):
+    policy = RestartPolicy(failures_max=2, quick_s=0.0, backoff_s=0.01, stop_s_max=1.0)
+    with running(tmp_path, policy=policy) as server:
+        for _ in range(3):
+            until(lambda: health(server) == SERVING)
+            os.kill(server.frontend.supervisor.pid, signal.SIGKILL)
+            until(lambda: health(server) == NOT_SERVING)
+        until(lambda: health(server) == SERVING)
+
+
+def test_an_engine_that_cannot_start_says_why(tmp_path):
+    folder = tmp_path / "backbone"
+    folder.mkdir()
+    (folder / fake_engine.FAIL_AT_START).touch()
+    with pytest.raises(EngineFailed, match="dtype must be float32"), running(tmp_path):
+        pass
+
+
+def test_an_engine_that_dies_at_the_start_is_not_tried_again(tmp_path):
+    folder = tmp_path / "backbone"
+    folder.mkdir()
+    (folder / fake_engine.DIE_AT_START).touch()
+    with pytest.raises(EngineFailed, match="exit code 5"), running(tmp_path):
+        pass
+
+
+def test_a_killed_engine_leaves_no_process_and_no_thread(server):
+    pid = server.frontend.supervisor.pid
+    before = threading.active_count()
+    for _ in range(3):
+        killed = server.frontend.supervisor.pid
+        os.kill(killed, signal.SIGKILL)
+        until(lambda killed=killed: server.frontend.supervisor.pid not in (killed, None) and health(server) == SERVING)
+    assert not os.path.exists(f"/proc/{pid}")
+    until(lambda: threading.active_count() <= before)
