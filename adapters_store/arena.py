@@ -76,17 +76,28 @@ class Arena:
         return max((stop - start for start, stop in self._spans(fixed)), default=0)
 
     def plan_hole(self, nbytes: int, movable: Collection[int]) -> list[Move] | None:
-        """The cheapest moves that make a hole of this size, in the order to make them; None if none can.
+        """The cheapest moves that join neighbouring holes to one of this size, in the order to make them; None if
+        none can.
 
         movable:  offsets of blocks that may be moved. The plan is not carried out: see ``move``.
         """
-        size, free = _size(nbytes), set(movable)
-        plans = [
-            self._slide(start, stop)
-            for start, stop in self._spans([o for o in self._used if o not in free])
-            if stop - start - sum(self._used[o] for o in self._inside(start, stop)) >= size
-        ]
-        return min(plans, key=lambda moves: sum(move.nbytes for move in moves), default=None)
+        size, free, used = _size(nbytes), set(movable), sorted(self._used)
+        best: tuple[int, int, list[int]] | None = None
+        for first, (target, _) in enumerate(self._holes):
+            room, cost, between = 0, 0, list[int]()
+            for before, (start, stop) in zip([None, *self._holes[first:]], self._holes[first:], strict=False):
+                if before is not None:
+                    passed = used[bisect_left(used, before[1]) : bisect_left(used, start)]
+                    if not free.issuperset(passed):
+                        break
+                    between += passed
+                    cost += start - before[1]
+                room += stop - start
+                if room >= size:
+                    if best is None or cost < best[0]:
+                        best = (cost, target, between)
+                    break
+        return None if best is None else self._slide(*best[1:])
 
     def move(self, move: Move) -> None:
         """Note that a block lies elsewhere now. ``copy_overlapping`` moves its bytes."""
@@ -124,15 +135,12 @@ class Arena:
             at = offset + self._used[offset]
         return [*spans, (at, self.nbytes)]
 
-    def _inside(self, start: int, stop: int) -> list[int]:
-        return sorted(offset for offset in self._used if start <= offset < stop)
-
-    def _slide(self, start: int, stop: int) -> list[Move]:
-        moves, at = [], start
-        for offset in self._inside(start, stop):
-            if offset != at:
-                moves.append(Move(offset, at, self._used[offset]))
-            at += self._used[offset]
+    def _slide(self, target: int, offsets: list[int]) -> list[Move]:
+        """Put these neighbours side by side, beginning at ``target``."""
+        moves = []
+        for offset in offsets:
+            moves.append(Move(offset, target, self._used[offset]))
+            target += self._used[offset]
         return moves
 
 

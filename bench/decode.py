@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from weft.bench import record, workload
-from weft.server.backbone.load import choose_device, choose_dtype
+from weft.server.backbone.load import choose_device, choose_dtype, moved
 from weft.server.backbone.model import Backbone
 from weft.server.engine.config import EngineConfig
 from weft.server.engine.messages import Digest, RequestId, Submit
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="weft bench decode", description=__doc__)
-    parser.add_argument("--shape", default="smollm2-135m", help="smollm2-135m, or a folder or hub name with config.json")
+    parser.add_argument("--shape", default="smollm2-135m", help="smollm2-135m, or a folder or hub name")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--requests", type=int, default=16, help="requests in the batch")
@@ -75,7 +75,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 def _weft_cases(options: argparse.Namespace, folder: Path) -> list[Case]:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
-    model = workload.random_model(workload.shape(options.shape), dtype).to(device)
+    model = moved(workload.random_model(workload.shape(options.shape), dtype), device)
     config = EngineConfig(model=options.shape, store=str(folder / "store"), device=options.device)
     engine = OfflineEngine(config, Backbone(model))
     sites = workload.body_sites(engine.engine.backbone.info)

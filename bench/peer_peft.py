@@ -11,14 +11,14 @@ from peft import PeftModel
 
 from weft.bench import workload
 from weft.bench.decode import Case
-from weft.server.backbone.load import choose_device, choose_dtype
+from weft.server.backbone.load import choose_device, choose_dtype, moved
 
 
 def cases(options: argparse.Namespace, folder: Path) -> list[Case]:
     """The peer's cases, on the adapters that the workload wrote into ``folder``."""
     device = choose_device(options.device)
     config = workload.shape(options.shape)
-    model = workload.random_model(config, choose_dtype(options.dtype, device)).to(device)
+    model = moved(workload.random_model(config, choose_dtype(options.dtype, device)), device)
     ids = torch.tensor(workload.prompts(options.requests, options.prompt_tokens, config.vocab_size), device=device)
     names = [f"low{i}" for i in range(options.requests)]
     with warnings.catch_warnings():

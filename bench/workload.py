@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from weft.adapters_store.sites import CatalogueInfo, SiteInfo
 
-SMOLLM2_135M = {
+SMOLLM2_135M: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -104,9 +105,7 @@ def _halves(width: int) -> tuple[int, int]:
     return small, width // small
 
 
-def _write(
-    folder: Path, tensors: dict[str, Tensor], config: dict[str, object], sites: Sequence[SiteInfo]
-) -> Path:
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, object], sites: Sequence[SiteInfo]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     targets = sorted({site.path for site in sites})
     full = {**config, "target_modules": targets, "task_type": "CAUSAL_LM", "base_model_name_or_path": "random"}

@@ -15,17 +15,17 @@ from torch import Tensor
 from weft.kernels.batch import Rows, Segment
 from weft.kernels.dispatch import Kernels
 from weft.kernels.kron import kron_kernel
-from weft.kernels.layout import ALIGN, BETA_OFF, KRON_COUNT, RANK, SIGMA_IN_OFF, SIGMA_OFF, Geometry
+from weft.kernels.layout import ALIGN, BETA_OFF, KRON_COUNT, RANK, SIGMA_OFF, Geometry
 from weft.kernels.lowrank import expand_kernel, shrink_kernel
 from weft.kernels.scale import scale_input_kernel
-from weft.kernels.tiles import LARGE_MIN, SMALL, Tiles, tiles_for
+from weft.kernels.tiles import LARGE, SMALL, Tiles, tiles_for
 
 
 class TritonRows(Rows):
     """Rows as tiles, int32 [tiles, 4] on the device, each a run of rows of one block.
 
     tiles:      ``small``: neighbouring short segments of one block share tiles of SMALL rows;
-                ``large``: a segment of at least LARGE_MIN rows has tiles of that many;
+                ``large``: a segment of at least LARGE rows has tiles of that many;
                 so which of the two a segment takes depends on its own length only
     apart:      tiles of SMALL rows that no two segments share: some sums run over the rows of a tile
     hidden:     rows with an adapter
@@ -44,8 +44,8 @@ class TritonRows(Rows):
             assert segment.block is not None
             tile = (segment.block.offset // ALIGN, segment.start, segment.stop, self.hidden)
             apart += _cut(tile, SMALL)
-            if segment.stop - segment.start >= LARGE_MIN:
-                large += _cut(tile, LARGE_MIN)
+            if segment.stop - segment.start >= LARGE:
+                large += _cut(tile, LARGE)
             elif runs and runs[-1][0] == tile[0] and runs[-1][2] == segment.start:
                 runs[-1] = (tile[0], runs[-1][1], segment.stop, runs[-1][3])
             else:
@@ -56,9 +56,9 @@ class TritonRows(Rows):
         packed = torch.tensor([*small, *large, *apart], dtype=torch.int32).view(-1, 4)
         if device.type == "cuda":
             packed = packed.pin_memory().to(device, non_blocking=True)
-        parts = packed.split([len(small), len(large), len(apart)])
-        self.tiles = {"small": parts[0], "large": parts[1]}
-        self.apart = parts[2]
+        short, all_tiled = len(small), len(small) + len(large)
+        self.tiles = {"small": packed[:short], "large": packed[short:all_tiled]}
+        self.apart = packed[all_tiled:]
         starts = [members.start for members in geometry.members]
         self.ranks_max: npt.NDArray[np.int64] = np.zeros(len(starts), dtype=np.int64)
         self.expands: npt.NDArray[np.bool_] = np.zeros(len(starts), dtype=bool)
@@ -70,15 +70,16 @@ class TritonRows(Rows):
             self.expands |= np.logical_or.reduceat(plain & ~mixes, starts)
             self.mixes |= np.logical_or.reduceat(mixes, starts)
 
-    def kron_tiles(self, members: range, rows: int, columns: int) -> int:
-        """The most [rows, columns] tiles that Y [o1, o2] takes at any of these sites."""
-        shapes = {
-            (terms[0].o1, terms[0].o2)
+    def krons(self, members: range, height: int, width: int) -> tuple[int, bool]:
+        """(the most [height, width] tiles that Y takes at any of these sites, whether all sizes divide by 8)."""
+        terms = {
+            term[2:]
             for block in self.blocks.values()
             for terms in block.directory.krons[members.start : members.stop]
-            if terms
+            for term in terms
         }
-        return max(triton.cdiv(o1, rows) * triton.cdiv(o2, columns) for o1, o2 in shapes)
+        most = max(triton.cdiv(o1, height) * triton.cdiv(o2, width) for o1, _, o2, _ in terms)
+        return most, all(size % 8 == 0 for term in terms for size in term)
 
 
 Tile = tuple[int, int, int, int]
@@ -95,11 +96,12 @@ class TritonKernels(Kernels):
     name = "triton"
 
     def __init__(self, arena: Tensor, geometry: Geometry, tiles: Tiles | None = None) -> None:
+        """``tiles``: in place of those that were searched for the device."""
         super().__init__(arena, geometry)
         self._factors, self._vectors = arena.view(geometry.dtype), arena.view(torch.float32)
         self._words = arena.view(torch.int32)
-        device_name = torch.cuda.get_device_name(arena.device) if arena.is_cuda else "default"
-        self._tiles = tiles or tiles_for(device_name)
+        name = torch.cuda.get_device_name(arena.device) if arena.is_cuda else "default"
+        self._tiles = {exact: tiles or tiles_for(name, exact) for exact in (False, True)}
         self._parts: dict[tuple[int, tuple[int, ...]], Tensor] = {}
         self._columns: dict[tuple[int, ...], Tensor] = {}
         # the interpreter multiplies bf16 wrongly, so there the factors are raised to fp32 first
@@ -128,7 +130,7 @@ class TritonKernels(Kernels):
     def scale_input(self, x: Tensor, rows: Rows, site: int) -> Tensor:
         assert isinstance(rows, TritonRows)
         scaled = x.clone(memory_format=torch.contiguous_format)
-        options, wide = self._tiles.scale, x.shape[1]
+        options, wide = self._tiles[False].scale, x.shape[1]
         if rows.input_scaled(site):
             grid = (len(rows.apart), triton.cdiv(wide, options["BN"]))
             scale_input_kernel[grid](
@@ -139,9 +141,9 @@ class TritonKernels(Kernels):
     def _shrink(self, x: Tensor, rows: TritonRows, group: int, upcast: bool) -> Tensor:
         """h, fp32 [planes, rows with an adapter, largest sum of ranks]; only what a row's own ranks take is written."""
         members, wide, ranks = self.geometry.members[group], x.shape[1], int(rows.ranks_max[group])
-        span, planes = self._tiles.split(wide)
+        span, planes = self._tiles[upcast].split(wide)
         hidden = torch.empty(planes, rows.hidden, ranks, dtype=torch.float32, device=x.device)
-        for height, options in self._tiles.shrink.items():
+        for height, options in self._tiles[upcast].shrink.items():
             tiles = rows.tiles[height]
             if len(tiles):
                 shrink_kernel[(len(tiles), triton.cdiv(ranks, options["BN"]), planes)](
@@ -155,7 +157,7 @@ class TritonKernels(Kernels):
     def _expand(self, y: Tensor, hidden: Tensor, rows: TritonRows, group: int, upcast: bool) -> None:
         members = self.geometry.members[group]
         talls = self._talls(group)
-        for height, options in self._tiles.expand.items():
+        for height, options in self._tiles[upcast].expand.items():
             tiles, parts = rows.tiles[height], self._parts_of(talls, options["BN"])
             if len(tiles):
                 expand_kernel[(len(tiles), len(parts))](
@@ -167,16 +169,17 @@ class TritonKernels(Kernels):
                 )  # fmt: skip
 
     def _mix(self, y: Tensor, x: Tensor, hidden: Tensor, rows: TritonRows, group: int, upcast: bool) -> None:
-        members, options = self.geometry.members[group], self._tiles.kron
+        members, options = self.geometry.members[group], self._tiles[upcast].kron
         talls = self._talls(group)
         if talls not in self._columns:
             firsts = [0, *np.cumsum(talls).tolist()][:-1]
             self._columns[talls] = torch.tensor(firsts, dtype=torch.int32, device=y.device)
-        grid = (len(rows.apart), len(members), rows.kron_tiles(members, options["BM"], options["BN"]))
+        tallest, even = rows.krons(members, options["BM"], options["BN"])
+        grid = (len(rows.apart), len(members), tallest)
         kron_kernel[grid](
             y, x, hidden, self._factors, self._vectors, self._words, rows.apart, self._columns[talls],
             members.start, y.stride(0), x.stride(0), hidden.stride(0), hidden.stride(1),
-            SPLITS=len(hidden), SITES_CEIL=triton.next_power_of_2(len(members)),
+            SPLITS=len(hidden), SITES_CEIL=triton.next_power_of_2(len(members)), EVEN=even,
             ITEM=self._factors.itemsize, UPCAST=upcast, **options,
         )  # fmt: skip
 

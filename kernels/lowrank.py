@@ -15,11 +15,11 @@ keeps it at fp32's precision for the price of a second product that memory hides
     blocks  int32 [blocks, 4]    site in the group, first column in the site, first column in y, out_features
 """
 
-from collections.abc import Mapping
+# a kernel's types are those of its launch
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from weft.kernels.layout import ALIGN, B_OFF, BETA_OFF, HEADER_WORDS, KRON_COUNT, RANK, SIGMA_OFF, SITE_WORDS, UNIT
 
@@ -34,6 +34,16 @@ _KRONS = tl.constexpr(KRON_COUNT)
 _SIGMA = tl.constexpr(SIGMA_OFF)
 _BETA = tl.constexpr(BETA_OFF)
 _NOWHERE = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def plain_dot(a, b, acc, UPCAST: tl.constexpr):
+    """acc + a b, fp32, for a [M, K] and b [K, N] of one dtype; UPCAST multiplies in fp32."""
+    if UPCAST:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc)
+    return acc
 
 
 @triton.jit
@@ -95,10 +105,7 @@ def shrink_kernel(
         x = tl.load(x_rows + k[None, :], mask=live[:, None] & (k[None, :] < FEATURES), other=0.0)
         # [BK, BN]
         a = tl.load(a_rows + k[:, None], mask=(n[None, :] < rank) & (k[:, None] < FEATURES), other=0.0)
-        if UPCAST:
-            acc = tl.dot(x.to(tl.float32), a.to(tl.float32), acc, input_precision="ieee")
-        else:
-            acc = tl.dot(x, a, acc)
+        acc = plain_dot(x, a, acc, UPCAST)
     place = h_ptr + split * stride_hs + (h_row + m).to(tl.int64)[:, None] * stride_ht + n[None, :]
     tl.store(place, acc, mask=live[:, None] & (n[None, :] < rank))
 
@@ -123,7 +130,12 @@ def expand_kernel(
     group = words_ptr + block * (_ALIGN // 4) + _HEADER + site * _SITE
     before = tl.sum(tl.load(group + s * _SITE + _RANK, mask=s < member, other=0), axis=0)
     entry = group + member * _SITE
-    rank, b_off, sigma, beta = tl.load(entry + _RANK), tl.load(entry + _B), tl.load(entry + _SIGMA), tl.load(entry + _BETA)
+    rank, b_off, sigma, beta = (
+        tl.load(entry + _RANK),
+        tl.load(entry + _B),
+        tl.load(entry + _SIGMA),
+        tl.load(entry + _BETA),
+    )
     # a site with Kronecker terms is finished by their kernel: every output is rounded once
     if (tl.load(entry + _KRONS) > 0) | (rank + sigma + beta == 0):
         return

@@ -3,6 +3,9 @@
 What scales and biases do to outputs is part of the kernels that write them (``lowrank``, ``kron``).
 """
 
+# a kernel's types are those of its launch
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+
 import triton
 import triton.language as tl
 

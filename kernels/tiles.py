@@ -1,6 +1,7 @@
 """Tile sizes per device: searched offline, committed as ``tuned/<device name>.json``, never tuned while serving.
 
-Sizes decide the order of sums, so they are fixed for a process and depend on nothing in a batch.
+Sizes decide the order of sums, so they are fixed for a process and depend on nothing in a batch. ``expand`` and
+``kron`` keep one stage: pipelined wgmma with a register operand is miscompiled by the ptxas of older Tritons.
 """
 
 import json
@@ -13,10 +14,9 @@ from weft.kernels.layout import round_up
 
 TUNED = Path(__file__).parent / "tuned"
 
-# segments of at least this many rows are cut into large tiles
-LARGE_MIN = 64
-# rows of the tiles that every other kernel walks
+# rows of a tile: SMALL for short segments, LARGE for segments of at least that many
 SMALL = 16
+LARGE = 64
 
 Options = Mapping[str, int]
 
@@ -25,13 +25,12 @@ Options = Mapping[str, int]
 class Tiles:
     """Constants of every launch.
 
-    span_min, splits_max:  how a product over in_features is split: into at most ``splits_max`` planes of at
-                           least ``span_min``
-    shrink, expand:        by height, ``small`` or ``large``
+    split_k:         ``span_min``, ``splits_max``: a product over in_features is split into at most
+                     ``splits_max`` planes of at least ``span_min``
+    shrink, expand:  by the tile's height, ``small`` or ``large``
     """
 
-    span_min: int
-    splits_max: int
+    split_k: Options
     shrink: Mapping[str, Options]
     expand: Mapping[str, Options]
     kron: Options
@@ -40,20 +39,17 @@ class Tiles:
     def split(self, features: int) -> tuple[int, int]:
         """(span of one plane, planes) for a product over this many features."""
         step = max(options["BK"] for options in self.shrink.values())
-        span = round_up(max(self.span_min, -(-features // self.splits_max)), step)
+        least = max(self.split_k["span_min"], -(-features // self.split_k["splits_max"]))
+        span = round_up(least, step)
         return span, -(-features // span)
 
 
 @lru_cache
-def tiles_for(device_name: str) -> Tiles:
-    """The tiles of a device by its name (``NVIDIA H200``), or the defaults if none were searched for it."""
+def tiles_for(device_name: str, exact: bool) -> Tiles:
+    """The tiles of a device by its name (``NVIDIA H200``), or the defaults if none were searched for it.
+
+    exact:  for products in fp32 on plain cores, else for tensor cores
+    """
     path = TUNED / f"{device_name.replace(' ', '_')}.json"
     table = json.loads((path if path.is_file() else TUNED / "default.json").read_text())
-    return Tiles(
-        table["split_k"]["span_min"],
-        table["split_k"]["splits_max"],
-        {height: table[height]["shrink"] for height in ("small", "large")},
-        {height: table[height]["expand"] for height in ("small", "large")},
-        table["kron"],
-        table["scale"],
-    )
+    return Tiles(**table["exact" if exact else "half"])

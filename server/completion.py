@@ -67,7 +67,9 @@ class Completion:
             await asyncio.wait([self._task])
 
     async def take(self) -> Piece:
-        """Wait for news and return it merged, up to a message's worth; raises what ended the request at the end."""
+        """Wait for news and return it merged, up to a message's worth; raises what ended the request at the
+        end.
+        """
         await self._changed.wait()
         entries = [self._pending.popleft() for _ in range(min(len(self._pending), PIECE_TOKENS_MAX))]
         tokens = tuple(token for token, _ in entries if token is not None)

@@ -13,9 +13,6 @@ from threading import Thread
 from typing import Any
 from wsgiref.simple_server import WSGIServer
 
-import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
 from weft.adapters_store.catalog import Catalog
 from weft.adapters_store.errors import AdapterError
 from weft.server import errors
@@ -59,8 +56,12 @@ def backbone_folder(model: str) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
+    # not for those who serve a local folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(TEXT_FILES)))
+        return Path(snapshot_download(model, allow_patterns=list(TEXT_FILES)))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ConfigError(f"model must be a local folder or a reachable hub model, got {model!r}: {error}") from None
 

@@ -94,6 +94,9 @@ class EngineProcess:
 
     async def stop(self, grace_s: float) -> None:
         """Ask the process to end, insist after ``grace_s``, and wait until it is gone."""
+        if not self.ready.done():
+            # it reads no commands yet, and nobody depends on it
+            self._process.kill()
         self._outbox.put(Shutdown())
         await asyncio.wait([self.exited], timeout=grace_s)
         if not self.exited.done():

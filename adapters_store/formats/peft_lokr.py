@@ -5,7 +5,7 @@ Tensors at ``base_model.model.<module>.``: ``lokr_w1`` [o1, i1] or the product `
 The shapes say how out and in were split, so PEFT's own rule for splitting is not needed here.
 """
 
-from weft.adapters_store.errors import expected
+from weft.adapters_store.errors import expected, some
 from weft.adapters_store.formats.peft_common import COPY_ROLES, DIALECT, copies, read_common
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.formats.targets import by_pattern, target_sites
@@ -36,13 +36,14 @@ def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> Parse
     ranks = by_pattern(settings.integer_by_pattern("rank_pattern"), settings.integer("r"), sites, "rank_pattern")
     alphas = by_pattern(settings.number_by_pattern("alpha_pattern"), settings.number("alpha"), sites, "alpha_pattern")
     settings.finish(METHOD)
+    transposed = [path for path in sites if catalogue.sites[catalogue.index[path]].kind == "conv1d"]
+    if transposed:
+        raise expected("target_modules", "nn.Linear modules", some(transposed), "PEFT has no LoKr for Conv1D")
     factors = [f"lokr_{w}{part}" for w in ("w1", "w2") for part in ("", "_a", "_b")]
     found = by_module(header, [*factors, *COPY_ROLES], catalogue)
     parsed: dict[str, SiteOperators] = {}
     for path in sites:
         site, tensors = catalogue.sites[catalogue.index[path]], found.get(path, {})
-        if site.kind == "conv1d":
-            raise expected("target_modules", "nn.Linear modules", path, "PEFT has no LoKr for Conv1D")
         w1, w2 = (_factor(tensors, w, ranks[path], path) for w in ("lokr_w1", "lokr_w2"))
         if w1.right is not None and not both:
             raise expected(w1.left.name, "lokr_w1 in one piece", "a product", "decompose_both is false")

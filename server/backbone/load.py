@@ -57,13 +57,14 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
         raise UnsupportedBackbone(
             f"{name!r} is not a causal language model of transformers: {_first_line(error)}"
         ) from error
-    return _moved(model, device)
+    return moved(model, device)
 
 
-def _moved(model: nn.Module, device: torch.device) -> PreTrainedModel:
-    moved = model.to(device)
-    assert isinstance(moved, PreTrainedModel)
-    return moved
+def moved(model: nn.Module, device: torch.device) -> PreTrainedModel:
+    """The same model on another device."""
+    found = model.to(device)
+    assert isinstance(found, PreTrainedModel)
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -54,10 +54,14 @@ class Upload:
         )
 
     def chunks(self) -> Iterator[adapters_pb2.RegisterAdapterRequest]:
-        """The messages after the first."""
-        with _opened(self.weights) as file:
-            while chunk := file.read(CHUNK_BYTES):
-                yield adapters_pb2.RegisterAdapterRequest(chunk=chunk)
+        """The messages after the first. Holds no file open between them: an upload may be given up at any of them."""
+        for offset in range(0, self.weights_bytes, CHUNK_BYTES):
+            with _opened(self.weights) as file:
+                file.seek(offset)
+                chunk = file.read(CHUNK_BYTES)
+            if len(chunk) != min(CHUNK_BYTES, self.weights_bytes - offset):
+                raise _invalid(f"expected {self.weights} to stay as it is while it is sent, got another size")
+            yield adapters_pb2.RegisterAdapterRequest(chunk=chunk)
 
 
 def read_folder(name: str, folder: str | PathLike[str], *, replace: bool) -> Upload:

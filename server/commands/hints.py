@@ -9,6 +9,7 @@ REASONS: dict[str, str] = {
     "ADAPTER_INVALID": "change what the message names in the adapter's files; `weft info` lists the methods served",
     "ADAPTER_MEMORY": "start the server with a larger --adapter-memory-bytes-max",
     "ADAPTER_NOT_FOUND": "`weft adapters list` shows what is registered",
+    "ANSWER_TOO_LARGE": "ask for fewer tokens, or for a stream of them",
     "BUG": "look the incident up in the server's log and report it",
     "CREDENTIALS_INVALID": "name a file with the server's token: --token-file FILE",
     "DEADLINE_EXCEEDED": "ask for fewer tokens, or allow more time: --timeout here, --request-duration-s-max there",

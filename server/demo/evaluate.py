@@ -30,9 +30,7 @@ def load_backbone(assets_dir: Path) -> PreTrainedModel:
 
 def load_tokenizer(assets_dir: Path) -> PreTrainedTokenizerBase:
     """The tokenizer, padding on the left as batched generation wants it."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        assets_dir / "backbone", padding_side="left"
-    )
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(assets_dir / "backbone", padding_side="left")
     return tokenizer
 
 
@@ -74,9 +72,7 @@ def backbone_table(assets_dir: Path, count: int, seed: int) -> Table:
 def evaluate_adapter(assets_dir: Path, adapter: tasks.DemoAdapter, count: int, seed: int) -> float:
     """Held-out exact match of one adapter on untagged prompts."""
     tokenizer = load_tokenizer(assets_dir)
-    model = PeftModel.from_pretrained(
-        load_backbone(assets_dir), assets_dir / "adapters" / adapter.name
-    ).eval()
+    model = PeftModel.from_pretrained(load_backbone(assets_dir), assets_dir / "adapters" / adapter.name).eval()
     pairs = tasks.held_out(adapter.task, count, seed)
     answers = complete(model, tokenizer, [prompt for prompt, _ in pairs])
     return share_right(answers, [answer for _, answer in pairs])
@@ -94,9 +90,7 @@ def adapter_table(assets_dir: Path, count: int, seed: int) -> Table:
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--assets", type=Path, default=tasks.ASSETS_DIR, help="folder with backbone/ and adapters/"
-    )
+    parser.add_argument("--assets", type=Path, default=tasks.ASSETS_DIR, help="folder with backbone/ and adapters/")
     parser.add_argument("--count", type=int, default=COUNT, help="held-out words per line of the table")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the held-out words")
     options = parser.parse_args()

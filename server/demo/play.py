@@ -16,6 +16,7 @@ QUESTIONS_PER_ADAPTER = 20
 QUESTIONS_TO_BASE = 16
 # long enough that an adapter can be registered and asked meanwhile
 STREAM_TOKENS = 480
+STREAM_TOKENS_BEFORE = 16
 ACCURACY_MIN = 0.98
 ACCURACY_MIN_OF = {"IA3": 0.95}
 BASE_ACCURACY_MAX = 0.05
@@ -191,7 +192,7 @@ async def _register_while_streaming(client: AsyncClient, late: tasks.DemoAdapter
         prompt, max_new_tokens=STREAM_TOKENS, temperature=0, ignore_eos=True, timeout_s=REQUEST_S_MAX
     )
     async with stream:
-        await counter.read(stream, 1)
+        await counter.read(stream, STREAM_TOKENS_BEFORE)
         rest = asyncio.create_task(counter.read(stream, STREAM_TOKENS))
         try:
             before, began_s = counter.tokens, time.monotonic()

@@ -1,6 +1,6 @@
 """Trains the demonstration adapters with peft: how each is configured, trained and saved.
 
-Run as ``python -m weft.server.demo.train_adapters [--only NAME ...]``; about half a minute per adapter. The
+Run as ``python -m weft.server.demo.train_adapters [--only NAME ...]``; about a minute per adapter. The
 prompts carry no tag, so an adapter has to move the frozen backbone to its task on its own.
 """
 
@@ -44,9 +44,7 @@ class Recipe:
 
 
 def _lora(rank: int, targets: list[str], *, rslora: bool = False) -> Recipe:
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=targets, use_rslora=rslora
-    )
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=targets, use_rslora=rslora)
     return Recipe(config, LORA_LEARNING_RATE_MAX)
 
 
@@ -106,17 +104,13 @@ def tidy(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def train_adapter(
-    adapter: tasks.DemoAdapter, recipe: Recipe, backbone: Path, out_dir: Path, seed: int
-) -> None:
+def train_adapter(adapter: tasks.DemoAdapter, recipe: Recipe, backbone: Path, out_dir: Path, seed: int) -> None:
     """Train one adapter on a fresh copy of the backbone and save it as an ordinary peft folder."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(backbone), recipe.config)
     schedule = Schedule(recipe.steps, BATCH_SIZE, recipe.learning_rate_max)
-    train(
-        model, batches(tokenizer, untagged_examples(adapter.task, seed), BATCH_SIZE), schedule, adapter.name
-    )
+    train(model, batches(tokenizer, untagged_examples(adapter.task, seed), BATCH_SIZE), schedule, adapter.name)
     folder = out_dir / adapter.name
     model.save_pretrained(str(folder))
     tidy(folder)
@@ -126,9 +120,7 @@ def main() -> None:
     """Train all adapters of the table, or those named."""
     names = [adapter.name for adapter in tasks.DEMO_ADAPTERS]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--backbone", type=Path, default=tasks.ASSETS_DIR / "backbone", help="backbone folder"
-    )
+    parser.add_argument("--backbone", type=Path, default=tasks.ASSETS_DIR / "backbone", help="backbone folder")
     parser.add_argument("--out", type=Path, default=tasks.ASSETS_DIR / "adapters", help="folder to write to")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="train just these")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of the weights and the words")

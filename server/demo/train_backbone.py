@@ -1,6 +1,6 @@
 """Builds the demonstration backbone: a character tokenizer and a small llama trained on tagged tasks.
 
-Run as ``python -m weft.server.demo.train_backbone [--out DIR]``; about a quarter of an hour on two cores.
+Run as ``python -m weft.server.demo.train_backbone [--out DIR]``; about twenty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from weft.server.demo.training import CONSOLE, Example, Schedule, batches, train
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, UNK_TOKEN = "<pad>", "<bos>", "<eos>", "<unk>"
 SPECIAL_TOKENS = (PAD_TOKEN, BOS_TOKEN, EOS_TOKEN, UNK_TOKEN)
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}"
-    "{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
 
 HIDDEN_WIDTH = 128
@@ -49,7 +47,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.post_processor = processors.TemplateProcessing(
         single=f"{BOS_TOKEN} $A", special_tokens=[(BOS_TOKEN, vocabulary[BOS_TOKEN])]
     )
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD_TOKEN,
         bos_token=BOS_TOKEN,
@@ -90,7 +88,7 @@ def tagged_examples(seed: int) -> Iterator[Example]:
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out_dir: Path) -> None:
     """Write an ordinary transformers folder."""
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

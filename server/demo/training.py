@@ -63,9 +63,7 @@ def encode_batch(tokenizer: PreTrainedTokenizerBase, examples: list[Example]) ->
     return Batch(input_ids, labels)
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerBase, examples: Iterator[Example], batch_size: int
-) -> Iterator[Batch]:
+def batches(tokenizer: PreTrainedTokenizerBase, examples: Iterator[Example], batch_size: int) -> Iterator[Batch]:
     """An endless stream of batches cut from an endless stream of examples."""
     while True:
         yield encode_batch(tokenizer, [next(examples) for _ in range(batch_size)])

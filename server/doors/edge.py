@@ -22,7 +22,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc import StatusCode
 
 from weft.server.doors.auth import Bearer
-from weft.server.doors.status import verdict
+from weft.server.doors.status import Verdict, verdict
 from weft.server.errors import AnswerTooLarge, MalformedMessage, SlowConsumer
 from weft.server.metrics import Metrics
 
@@ -172,6 +172,7 @@ class Edge:
         """Authenticate, count, and end the call with a status whatever happens inside."""
         began_s = time.monotonic()
         code = StatusCode.OK
+        end: Verdict | None = None
         self._metrics.rpc_started(method.path)
         try:
             if method.guarded and self._bearer is not None:
@@ -183,22 +184,30 @@ class Edge:
             code = StatusCode.DEADLINE_EXCEEDED if late else StatusCode.CANCELLED
             raise
         except Exception as error:  # noqa: BLE001  the one crash guard of the gRPC edge
-            code = await self._refuse(error, method, context)
+            end = self._judge(error, method)
+            code = end.code
         finally:
+            # before the caller knows: whoever asks next sees it counted
             self._metrics.rpc_completed(method.path, code, time.monotonic() - began_s)
+        if end is not None:
+            await abort(context, end)
 
-    async def _refuse(self, error: Exception, method: Method, context: Context) -> StatusCode:
-        """End the call with the error's status; raises grpc's AbortError, which grpc wants to see."""
+    def _judge(self, error: Exception, method: Method) -> Verdict:
+        """What the caller is told, counted and logged."""
         end = verdict(error)
         self._metrics.error(end.code, end.reason)
         if end.code is StatusCode.INTERNAL:
             logger.error("%s: %s", method.path, end.text, exc_info=error)
         else:
             logger.debug("%s: %s %s: %s", method.path, end.code.name, end.reason, end.text)
-        try:
-            async with asyncio.timeout(FAREWELL_S):
-                await context.abort(end.code, end.text, end.metadata)
-        except TimeoutError:
-            # grpc holds the status until the caller reads what lies before it; nothing of ours waits for that
-            raise asyncio.CancelledError from None
-        return end.code
+        return end
+
+
+async def abort(context: Context, end: Verdict) -> None:
+    """End the call with a status; raises grpc's AbortError, which grpc wants to see."""
+    try:
+        async with asyncio.timeout(FAREWELL_S):
+            await context.abort(end.code, end.text, end.metadata)
+    except TimeoutError:
+        # grpc holds the status until the caller reads what lies before it; nothing of ours waits for that
+        raise asyncio.CancelledError from None

@@ -6,11 +6,12 @@ Owns the queue and the running requests. Knows adapters only as leases and memor
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from weft.adapters_store.errors import AdapterError
-from weft.adapters_store.residency import Residency
+from weft.adapters_store.residency import Lease
 from weft.server.engine.failures import failure_of
 from weft.server.engine.messages import Event, Failed, Failure, FinishReason, RequestId, Scheduled, Tokens
 from weft.server.engine.pages import PagePool
@@ -44,19 +45,26 @@ class Batch:
         return sum(item.count for item in self.items if item.count > 1 or not item.request.output)
 
 
+class AdapterSource(Protocol):
+    """Where adapters come from: ``Residency``, as far as the scheduler needs it."""
+
+    def acquire(self, digest: str) -> Lease | None: ...
+    def release(self, lease: Lease) -> None: ...
+
+
 class Scheduler:
     """Continuous batching over a token budget; requests join and leave at every step."""
 
     def __init__(
         self,
         pages: PagePool,
-        residency: Residency,
+        adapters: AdapterSource,
         batch_tokens_max: int,
         batch_requests_max: int,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._pages = pages
-        self._residency = residency
+        self._adapters = adapters
         self._batch_tokens_max = batch_tokens_max
         self._batch_requests_max = batch_requests_max
         self._clock = clock
@@ -155,7 +163,7 @@ class Scheduler:
         self._pages.release(request.pages)
         request.pages, request.slots = (), None
         if request.lease is not None:
-            self._residency.release(request.lease)
+            self._adapters.release(request.lease)
             request.lease = None
 
     def _admit(self) -> None:
@@ -181,7 +189,7 @@ class Scheduler:
         if digest is None or request.lease is not None:
             return True
         try:
-            request.lease = self._residency.acquire(digest)
+            request.lease = self._adapters.acquire(digest)
         except AdapterError as error:
             self._retire(request, Failed(request.submit.id, failure_of(error), str(error)))
             return False

@@ -5,11 +5,11 @@ for the tiny llama, and none of them needs a dtype other than fp32 to be wrong.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tests.adapters_store.files import HIDDEN, KV, Q0, RANK, V1, Files, P, Tensor, filled, ia3, krona, lokr, lora, noise
+from tests.adapters_store.files import HIDDEN, KV, Q0, RANK, V1, Files, P, filled, ia3, krona, lokr, lora, noise
 from tests.adapters_store.malformed_bytes import broken_config_bytes, broken_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -18,11 +18,11 @@ REDOS = r"((\w+)\.?)*Z"
 
 @dataclass(frozen=True)
 class Malformed:
-    """``build`` makes the files; the refusal's field is ``field`` and its message has all ``words``."""
+    """Files whose refusal names ``field`` and has ``words`` in its message."""
 
-    build: Callable[[], Files]
+    files: Files
     field: str
-    words: tuple[str, ...]
+    words: str
 
 
 def _settings() -> Iterator[tuple[str, dict[str, Any], str, str]]:
@@ -197,16 +197,15 @@ def _others() -> Iterator[tuple[str, Files, str, str]]:
 
 
 def _all() -> Iterator[tuple[str, Malformed]]:
+    good = lora()
     for name, settings, place, words in _settings():
-        yield f"setting_{name}", Malformed(lambda s=settings: lora().configured(**s), place, (words,))
+        yield f"setting_{name}", Malformed(good.configured(**settings), place, words)
     for name, files, place, words in (*_tensors(), *_others()):
-        yield f"tensor_{name}", Malformed(lambda f=files: f, place, (words,))
-    for name, raw, place, words in broken_weights(lora()):
-        yield f"bytes_{name}", Malformed(lambda r=raw: replace(lora(), weights_bytes=r), place, (words,))
-    for name, raw, place, words in broken_config_bytes(json.dumps(lora().config)):
-        yield f"json_{name}", Malformed(lambda r=raw: replace(lora(), config_bytes=r), place, (words,))
+        yield f"tensor_{name}", Malformed(files, place, words)
+    for name, raw, place, words in broken_weights(good):
+        yield f"bytes_{name}", Malformed(replace(good, weights_bytes=raw), place, words)
+    for name, raw, place, words in broken_config_bytes(json.dumps(good.config)):
+        yield f"json_{name}", Malformed(replace(good, config_bytes=raw), place, words)
 
 
 MALFORMED: dict[str, Malformed] = dict(_all())
-
-__all__ = ["MALFORMED", "Malformed", "Tensor"]

@@ -26,7 +26,7 @@ def build(family: str) -> PreTrainedModel:
     if family != "llama_biased":
         return build_plain(family)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**COMMON, num_hidden_layers=2, attention_bias=True)).eval()
+    model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**COMMON, num_hidden_layers=2, attention_bias=True)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2)

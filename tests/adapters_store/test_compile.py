@@ -13,7 +13,7 @@ from weft.adapters_store.compile import block_bytes, compile_adapter
 from weft.adapters_store.errors import AdapterInvalid, StoreBug
 from weft.adapters_store.formats import read_adapter
 from weft.adapters_store.operators import ParsedAdapter
-from weft.kernels.layout import unpack
+from weft.kernels.layout import pack, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -86,7 +86,7 @@ def test_a_value_that_overflows_on_rounding_is_refused(dtype, value, llama, tmp_
     files = lora().with_tensor(name, Tensor(sparse.shape, sparse.tobytes()))
     files = files.with_tensor(f"{Q0}.lora_A.weight", filled((RANK, HIDDEN), 1e-3))
     compile_adapter(parse(files, llama, tmp_path), llama, llama.geometry(), 1 << 30)
-    with pytest.raises(AdapterInvalid, match="can hold .* with the scale folded in") as refusal:
+    with pytest.raises(AdapterInvalid, match=r"can hold .* with the scale folded in") as refusal:
         compile_adapter(parse(files, llama, tmp_path), llama, llama.geometry(dtype), 1 << 30)
     assert refusal.value.field == name
 
@@ -115,16 +115,12 @@ def test_a_fold_that_is_wrong_is_caught(kind, llama, tmp_path, monkeypatch):
 
 
 def test_an_image_that_does_not_hold_what_was_packed_is_caught(llama, tmp_path, monkeypatch):
-    from weft.adapters_store import compile as module
-
-    right = module.pack
-
     def wrong(*arguments):
-        image = right(*arguments)
+        image = pack(*arguments)
         image[-300] ^= 1
         return image
 
-    monkeypatch.setattr(module, "pack", wrong)
+    monkeypatch.setattr("weft.adapters_store.compile.pack", wrong)
     with pytest.raises(StoreBug, match="does not hold what was packed"):
         compile_adapter(parse(lora(), llama, tmp_path), llama, llama.geometry(), 1 << 30)
 

@@ -14,9 +14,8 @@ TOKENS = 5
 
 def normal_form(linear: torch.nn.Module, terms: SiteTerms | None, x: Tensor) -> Tensor:
     """The formula of the kernels, written out."""
-    if terms is None:
-        return linear(x)
-    y = linear(x if terms.sigma_in is None else x * terms.sigma_in)
+    terms = terms or SiteTerms()
+    y: Tensor = linear(x if terms.sigma_in is None else x * terms.sigma_in)
     y = y if terms.sigma is None else y * terms.sigma
     if terms.low_rank is not None:
         a, b = terms.low_rank

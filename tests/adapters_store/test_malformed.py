@@ -25,10 +25,9 @@ def test_the_corpus_is_large():
 def test_a_malformed_adapter_is_refused_and_leaves_nothing(name, store):
     case = MALFORMED[name]
     with pytest.raises(AdapterInvalid) as refusal:
-        store.register("adapter", case.build())
+        store.register("adapter", case.files)
     assert refusal.value.field == case.field
-    for words in case.words:
-        assert words in refusal.value.message
+    assert case.words in refusal.value.message
     assert len(refusal.value.message) < 1200
     assert store.files() == []
     assert store.catalog.names() == ()

@@ -116,6 +116,15 @@ def test_a_folder_without_an_adapter_is_told_with_what_it_holds(tmp_path):
         read_folder("a", tmp_path / "missing", replace=False)
 
 
+def test_weights_that_shrink_while_they_are_sent_are_told(folder):
+    upload = read_folder("a", folder, replace=False)
+    chunks = upload.chunks()
+    assert len(next(chunks).chunk) == 1 << 20
+    (folder / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(FolderInvalid, match="to stay as it is while it is sent"):
+        next(chunks)
+
+
 def test_a_config_must_be_there_and_small(folder):
     config = folder / "adapter_config.json"
     config.write_bytes(b" " * ((1 << 20) + 1))

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -45,9 +46,8 @@ def client(server: Server):
         yield connected
 
 
-def accuracy(client: Client, name: str, task: str, count: int, seed: int, answers: dict) -> float:
-    pairs = tasks.held_out(task, count, seed)
-    return sum(answers[name, prompt] == want for prompt, want in pairs) / count
+def accuracy(name: str, task: str, count: int, seed: int, answers: Mapping[tuple[str, str], str]) -> float:
+    return sum(answers[name, prompt] == want for prompt, want in tasks.held_out(task, count, seed)) / count
 
 
 def ask_all(client: Client, jobs: list[tuple[str, str]]) -> dict[tuple[str, str], str]:
@@ -64,7 +64,7 @@ def test_every_task_is_answered_by_its_own_adapter_in_one_mixed_batch(server, cl
     base = tasks.held_out(tasks.DEMO_ADAPTERS[0].task, per_adapter, 2)
     jobs += [("", prompt) for prompt, _ in base]
     answers = ask_all(client, jobs)
-    found = {a.name: accuracy(client, a.name, a.task, per_adapter, 1, answers) for a in tasks.DEMO_ADAPTERS}
+    found = {a.name: accuracy(a.name, a.task, per_adapter, 1, answers) for a in tasks.DEMO_ADAPTERS}
     print(found)
     assert not {a.name: found[a.name] for a in tasks.DEMO_ADAPTERS if found[a.name] < bar(a.method)}
     assert sum(answers["", prompt] == want for prompt, want in base) <= 0.05 * per_adapter
@@ -156,7 +156,7 @@ def test_a_refused_adapter_leaves_nothing_behind(server, client, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes((source / "adapter_model.safetensors").read_bytes())
     before, files = client.list(), sorted(os.listdir(server.store / "objects"))
     memory = client.info().memory
-    with pytest.raises(errors.InvalidArgument, match="use_dora"):
+    with pytest.raises(errors.InvalidRequest, match="use_dora"):
         client.register("refused", tmp_path)
     assert (client.list(), sorted(os.listdir(server.store / "objects"))) == (before, files)
     assert client.info().memory == memory
@@ -168,7 +168,8 @@ def test_registered_adapters_answer_after_a_kill_under_load(tmp_path):
     prompt, want = tasks.held_out(adapter.task, 1, 5)[0]
     with serving(tmp_path / "store") as first, first.client() as client:
         register_all(client)
-        streams = [client.stream("abc=", adapter=a.name, max_new_tokens=480, ignore_eos=True) for a in tasks.DEMO_ADAPTERS]
+        names = [adapter.name for adapter in tasks.DEMO_ADAPTERS]
+        streams = [client.stream("abc=", adapter=name, max_new_tokens=480, ignore_eos=True) for name in names]
         for stream in streams:
             next(stream)
         engine = first.engine_pid()

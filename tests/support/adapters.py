@@ -3,12 +3,15 @@
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import IA3Config, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from tests.support.backbones import build
+
+T = TypeVar("T")
 
 LINEARS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -18,7 +21,7 @@ ATTENTION = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
 SCALED = {"llama": (["k_proj", "v_proj"], ["down_proj"]), "gpt2": (["c_attn"], ["mlp.c_proj"])}
 
 
-def _of(table: Mapping[str, object], family: str) -> object:
+def _of(table: Mapping[str, T], family: str) -> T:
     return table.get(family, table["llama"])
 
 

@@ -1,6 +1,7 @@
 """Tiny random models, one builder per family: every call gives the same weights, so an oracle can have its own copy."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import (
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 VOCABULARY = 101
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -28,7 +28,8 @@ class Server:
         self.lines: list[str] = []
         self.grpc = self.metrics = ""
         self._ready = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def wait_ready(self) -> None:
         """Return when the ready line is out."""
@@ -59,6 +60,15 @@ class Server:
         self.process.send_signal(signal_)
         return self.process.wait(patience_s)
 
+    def close(self) -> None:
+        """Kill the server if it still runs, and free what it leaves."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(10)
+        self._reader.join(10)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -76,17 +86,14 @@ def serving(store: Path, *options: str, model: Path = tasks.ASSETS_DIR / "backbo
         sys.executable, "-m", "weft.server.cli", "serve", "--model", str(model), "--dtype", "float32",
         "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", "--store", str(store), *options,
     ]  # fmt: skip
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    )
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     server = Server(process, store)
     try:
         server.wait_ready()
         yield server
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait(10)
+        server.close()
 
 
 def until(condition, timeout_s: float = 20.0, every_s: float = 0.02) -> float:

@@ -1,9 +1,18 @@
 """The backbone: which sites it finds, what it refuses, and that nothing is held twice."""
 
+from typing import Any
+
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM, LlamaForCausalLM, T5Config
-from transformers import T5ForConditionalGeneration
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from tests.support.backbones import FAMILIES, VOCABULARY, build
 from weft.server.backbone import sites
@@ -12,7 +21,13 @@ from weft.server.backbone.load import choose_dtype, load_model
 from weft.server.backbone.model import Backbone
 from weft.server.backbone.selftest import difference
 
-TINY = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2}
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gpt2"])

@@ -39,9 +39,12 @@ from weft.server.engine.messages import (
     Tokens,
 )
 
+TARGET = "tests.server.doors.fake_engine:main"
+
 # files in the model folder
 DIE_AT_START, FAIL_AT_START, BACKBONE_DIGEST, REFUSES = "die_at_start", "fail_at_start", "digest", "refuses"
-LONG_CONTEXT, LONG_CONTEXT_TOKENS = "long_context", 4_000_000
+SLOW_START = "slow_start"
+LONG_CONTEXT, LONG_CONTEXT_TOKENS = "long_context", 10_000_000
 
 # first tokens of prompts
 WAIT = 900  # stay in the queue
@@ -68,6 +71,11 @@ class Request:
     submit: Submit
     made: int = 0
     scheduled: bool = False
+
+    @property
+    def stuck(self) -> bool:
+        """A prompt that ends with HANG never quite finishes."""
+        return self.submit.prompt[-1] == HANG and self.made == self.submit.max_new_tokens - 1
 
 
 def token(submit: Submit, index: int) -> int:
@@ -160,7 +168,7 @@ class FakeEngine:
             if not request.scheduled:
                 request.scheduled = True
                 events.append(Scheduled(request.submit.id, 0.001, 0.0))
-            if first != HANG:
+            if first != HANG and not request.stuck:
                 events.append(self.advance(request, first))
         if events:
             events.append(self.stats())
@@ -174,7 +182,9 @@ class FakeEngine:
         if request.made == 2 and FAIL <= first < FAIL + len(FAILURES):
             del self.requests[submit.id]
             return Failed(submit.id, FAILURES[first - FAIL], "what the engine says")
-        count = min(BURST_TOKENS if first == BURST else 1, submit.max_new_tokens - request.made)
+        many = first == BURST or len(submit.prompt) > BURST_TOKENS
+        left = submit.max_new_tokens - request.made - (submit.prompt[-1] == HANG)
+        count = min(BURST_TOKENS if many else 1, left)
         tokens = tuple(token(submit, request.made + i) for i in range(count))
         request.made += count
         finish = FinishReason.LENGTH if request.made == submit.max_new_tokens else None
@@ -212,6 +222,8 @@ def main(connection: Connection, config: EngineConfig) -> None:
     if (folder / FAIL_AT_START).exists():
         connection.send(StartFailed("dtype must be float32, got something else"))
         return
+    if (folder / SLOW_START).exists():
+        time.sleep(60)
     engine = FakeEngine(config)
     connection.send(Ready(info(config)))
     connection.send([engine.stats()])

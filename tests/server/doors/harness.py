@@ -26,7 +26,6 @@ from weft.server.config import ServerConfig
 from weft.server.frontend import Frontend
 from weft.server.supervisor import RestartPolicy
 
-TARGET = "tests.server.doors.fake_engine:main"
 WAIT_S = 20.0
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no such role') }}{% endif %}"
@@ -247,7 +246,7 @@ def running(
 
 
 async def _create(config: ServerConfig, policy: RestartPolicy | None) -> Frontend:
-    frontend = Frontend(config, TARGET)
+    frontend = Frontend(config, fake_engine.TARGET)
     if policy is not None:
         frontend.supervisor._policy = policy
     return frontend

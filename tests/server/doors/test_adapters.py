@@ -1,4 +1,6 @@
-"""The names of the store over a socket: pages, deletion under load, and another backbone under the same store."""
+"""The names of the store over a socket: pages, deletion under load, and another backbone under the same
+store.
+"""
 
 from pathlib import Path
 

@@ -74,9 +74,7 @@ def test_invalid_utf8_in_a_string_is_no_message(server):
 
 
 def test_unknown_fields_are_ignored(server):
-    answer = server.unary(
-        "/weft.v1.ServerService/GetServerInfo", b"\xf8\x07\x01", server_pb2.GetServerInfoResponse
-    )
+    answer = server.unary("/weft.v1.ServerService/GetServerInfo", b"\xf8\x07\x01", server_pb2.GetServerInfoResponse)
     assert answer.version
 
 

@@ -1,4 +1,6 @@
-"""The engine process dies, hangs or never starts: what callers hear, how soon, and what is served afterwards."""
+"""The engine process dies, hangs or never starts: what callers hear, how soon, and what is served
+afterwards.
+"""
 
 import os
 import signal

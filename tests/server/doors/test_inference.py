@@ -1,4 +1,6 @@
-"""Generate and StreamGenerate over a socket: what comes back, in which order, and what is refused with which words."""
+"""Generate and StreamGenerate over a socket: what comes back, in which order, and what is refused with which
+words.
+"""
 
 import threading
 import time

@@ -1,4 +1,6 @@
-"""Readers that do not keep up: what they miss arrives merged, what they never read is ended, nobody waits for them."""
+"""Readers that do not keep up: what they miss arrives merged, what they never read is ended, nobody waits for
+them.
+"""
 
 import socket
 import threading
@@ -9,8 +11,11 @@ import pytest
 
 from tests.server.doors import fake_engine
 from tests.server.doors.harness import make_backbone, refusal, running, until
+from weft.server.doors import edge
 
 TOKENS = 60_000
+# else the client takes in megabytes that nobody asked for
+SMALL_WINDOW = [("grpc.http2.bdp_probe", 0)]
 
 
 class Valve:
@@ -76,8 +81,7 @@ def received(server) -> float:
 
 
 def test_what_a_slow_reader_misses_arrives_merged_and_whole(server, valve):
-    with grpc.insecure_channel(valve.address) as channel:
-        # token ids of two bytes: what lies in buffers is far less than the whole
+    with grpc.insecure_channel(valve.address, options=SMALL_WINDOW) as channel:
         stream = server.stream(ids=[fake_engine.BURST], max_new_tokens=TOKENS, channel=channel)
         next(stream)
         valve.open.clear()
@@ -93,10 +97,12 @@ def test_what_a_slow_reader_misses_arrives_merged_and_whole(server, valve):
 
 
 def test_a_reader_that_never_reads_is_ended_and_does_not_disturb_others(server, valve):
-    with grpc.insecure_channel(valve.address) as channel:
-        stream = server.stream(ids=[fake_engine.BURST], max_new_tokens=4_000_000 - 1, channel=channel, timeout=None)
+    with grpc.insecure_channel(valve.address, options=SMALL_WINDOW) as channel:
+        # the engine goes silent at the end, so that only the reader can be to blame
+        stream = server.stream(ids=[fake_engine.BURST, fake_engine.HANG], max_new_tokens=200_000, channel=channel)
         next(stream)
         valve.open.clear()
+        until(lambda: server.commands("Submit"))
         abort = server.commands("Submit")[-1].replace("Submit", "Abort")
         began = time.monotonic()
         assert server.generate(ids=[5], max_new_tokens=20).usage.completion_tokens == 20
@@ -115,21 +121,24 @@ def test_a_reader_that_never_reads_is_ended_and_does_not_disturb_others(server, 
 
 
 def test_a_stop_string_ends_the_request_even_if_nobody_reads(server, valve):
-    with grpc.insecure_channel(valve.address) as channel:
-        # half a million tokens later than any buffer reaches
-        prompt = [fake_engine.BYTES, *(b"ab" * 2000), *b"STOP"]
-        stream = server.stream(ids=prompt, max_new_tokens=9000, stop=["STOP"], channel=channel)
+    text = b"ab" * 40_000
+    with grpc.insecure_channel(valve.address, options=SMALL_WINDOW) as channel:
+        prompt = [fake_engine.BYTES, *text, *b"STOP"]
+        stream = server.stream(ids=prompt, max_new_tokens=9_000_000, stop=["STOP"], channel=channel)
         next(stream)
         valve.open.clear()
+        until(lambda: server.commands("Submit"))
         abort = server.commands("Submit")[-1].replace("Submit", "Abort")
         until(lambda: abort in server.commands("Abort"))
         valve.open.set()
         events = list(stream)
-    assert "".join(event.delta.text for event in events) == "ab" * 2000
-    assert events[-1].finished.usage.completion_tokens == 4004
+    assert "".join(event.delta.text for event in events).encode() == text
+    assert events[-1].finished.usage.completion_tokens == len(text) + 4
 
 
-def test_an_answer_larger_than_a_message_says_so(server):
+def test_an_answer_larger_than_a_message_says_so(server, monkeypatch):
+    monkeypatch.setattr(edge, "MESSAGE_BYTES_MAX", 100)
     with pytest.raises(grpc.RpcError) as failed:
-        server.generate(ids=[fake_engine.BURST], max_new_tokens=2_200_000, timeout=60)
-    assert refusal(failed.value).reason == "ANSWER_TOO_LARGE"
+        server.generate(ids=[5], max_new_tokens=200)
+    told = refusal(failed.value)
+    assert (told.code, told.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "ANSWER_TOO_LARGE")

@@ -1,4 +1,6 @@
-"""Text and tokens: templates in their sandbox, characters made of several tokens, stop strings cut anywhere."""
+"""Text and tokens: templates in their sandbox, characters made of several tokens, stop strings cut
+anywhere.
+"""
 
 import json
 
@@ -130,7 +132,9 @@ def test_a_folder_without_tokenizer_has_none(tmp_path):
 
 
 def test_the_template_sees_messages_and_special_tokens(tmp_path):
-    template = ChatTemplate("{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}", {"bos_token": "<s>"})
+    template = ChatTemplate(
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}", {"bos_token": "<s>"}
+    )
     assert template.render([("user", "a"), ("assistant", "b")]) == "<s>ab"
 
 

@@ -8,9 +8,9 @@ import torch
 from tests.support import adapters
 from tests.support.backbones import VOCABULARY, build
 from weft.server.backbone.model import Backbone
-from weft.server.engine import runner
+from weft.server.engine import runner, sampler
 from weft.server.engine.config import EngineConfig
-from weft.server.engine.messages import Failure, RequestId, Sampling, Submit
+from weft.server.engine.messages import Digest, Failure, RequestId, Sampling, Submit
 from weft.server.engine.offline import AdapterRefused, OfflineEngine, RequestFailed
 
 KINDS = ("lora", "lora_patterns", "lokr_full", "ia3")
@@ -50,7 +50,7 @@ def overwrite(engine, digest, value):
 def logits_seen(monkeypatch):
     """Every logits tensor that reaches the sampler."""
     seen = []
-    pick = runner.pick
+    pick = sampler.pick
 
     def spy(logits, *rest):
         seen.append(logits.clone())
@@ -64,7 +64,7 @@ def test_a_row_is_bit_equal_whatever_adapters_its_neighbours_carry(tmp_path, fol
     engine = start(tmp_path)
     digests = [engine.register(kind, folder) for kind, folder in folders.items()]
     prompts = [tuple(range(3 + i, 12 + i)) for i in range(4)]
-    company = [
+    company: list[list[Digest | None]] = [
         [digests[0], digests[1], digests[2], digests[3]],
         [digests[0], digests[0], digests[0], digests[0]],
         [digests[0], digests[2], digests[2], digests[1]],

@@ -1,6 +1,5 @@
-"""The promise: every request gets the tokens that peft (or the bare model) generates for it, alone and in any company."""
+"""The promise: every request gets the tokens that peft, or the bare model, generates for it, in any company."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,8 +54,8 @@ class Family:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory) -> Iterator[Family]:
-    yield Family(request.param, tmp_path_factory.mktemp(request.param))
+def family(request, tmp_path_factory) -> Family:
+    return Family(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def prompts(count: int, seed: int) -> list[tuple[int, ...]]:

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.adapters_store.errors import AdapterTooLarge
-from weft.server.engine.messages import Digest, Failed, Failure, FinishReason, RequestId, Sampling, Scheduled, Submit, Tokens
+from weft.server.engine.messages import (
+    Digest,
+    Failed,
+    Failure,
+    FinishReason,
+    RequestId,
+    Sampling,
+    Scheduled,
+    Submit,
+    Tokens,
+)
 from weft.server.engine.pages import PagePool
 from weft.server.engine.request import Request
 from weft.server.engine.scheduler import Scheduler

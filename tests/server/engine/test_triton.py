@@ -12,6 +12,7 @@ import torch
 from tests.support import adapters
 from tests.support.backbones import build
 from weft.kernels.dispatch import KernelsUnavailable
+from weft.server.backbone.load import moved
 from weft.server.backbone.model import Backbone
 from weft.server.engine.config import EngineConfig
 from weft.server.engine.engine import Engine
@@ -46,7 +47,7 @@ def test_triton_without_a_gpu_is_refused_and_not_replaced(tmp_path, monkeypatch)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_engine_on_a_gpu_gets_the_tokens_of_the_twins(family, dtype, tmp_path):
-    """In fp32 the tokens of the CPU; in bf16 the tokens of the torch twins on the same device, where rounding allows."""
+    """In fp32 the tokens of the CPU; in bf16 those of the torch twins on the same device, where rounding allows."""
     assert torch.cuda.is_available(), "this test needs a CUDA device"
     torch.backends.cuda.matmul.allow_tf32 = False
     kinds = ("lora", "lora_patterns", "lokr_full", "ia3", "ia3_input_of_one")
@@ -57,7 +58,7 @@ def test_the_engine_on_a_gpu_gets_the_tokens_of_the_twins(family, dtype, tmp_pat
             model="tiny", store=str(tmp_path / f"{kernels}-{device}"), kernels=kernels,
             adapter_memory_bytes_max=4 << 20, kv_bytes_max=4 << 20, batch_tokens_max=48,
         )  # fmt: skip
-        engine = OfflineEngine(config, Backbone(build(family).to(device=device, dtype=dtype)))
+        engine = OfflineEngine(config, Backbone(moved(build(family).to(dtype), torch.device(device))))
         digests = {kind: engine.register(kind, folder) for kind, folder in folders.items()}
         prompts = {f"{kind}-{n}": tuple(range(3, 3 + n)) for kind in ("base", *kinds) for n in (2, 9, 40)}
         submits = [

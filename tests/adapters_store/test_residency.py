@@ -1,0 +1,426 @@
+"""Residency: who is in the arena, who leaves, what is loaded again, and what a damaged disk does to that."""
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.adapters_store.conftest import sites
+from tests.adapters_store.files import VALID, Files, lora
+from tests.adapters_store.peft_models import ModelSites
+from tests.adapters_store.stores import Store
+from weft.adapters_store.errors import (
+    AdapterCorrupt,
+    AdapterError,
+    AdapterIncompatible,
+    AdapterInvalid,
+    AdapterTooLarge,
+    StoreBug,
+    StoreFull,
+)
+from weft.adapters_store.images import Images
+from weft.adapters_store.residency import CLAIM_POLLS, Lease
+from weft.kernels.layout import Directory, directory
+
+LARGE = 40
+
+
+@pytest.fixture
+def block_bytes(llama, tmp_path_factory) -> int:
+    """Length of the block of ``lora()``."""
+    with Store(tmp_path_factory.mktemp("size"), llama) as store:
+        return store.register("a", lora()).device_bytes
+
+
+@pytest.fixture
+def small(tmp_path, llama, block_bytes) -> Iterator[Store]:
+    """A store whose arena holds two adapters like ``lora()``."""
+    with Store(tmp_path / "store", llama, 2 * block_bytes) as store:
+        yield store
+
+
+def add(store: Store, *seeds: int, rank: int = 4) -> list[str]:
+    """Register one adapter per seed; their digests."""
+    return [store.register(f"n{seed}-{rank}", lora(rank, seed)).digest for seed in seeds]
+
+
+def bytes_of(store: Store, lease: Lease) -> bytes:
+    """What the arena holds of an adapter."""
+    return store.arena.view(lease.block.offset, lease.block.nbytes).numpy().tobytes()
+
+
+def is_there(store: Store, digest: str) -> bool:
+    """Whether an adapter can be had at once."""
+    hits = store.residency.stats().hits
+    lease = store.residency.acquire(digest)
+    if lease is None:
+        return False
+    store.residency.release(lease)
+    return store.residency.stats().hits == 1 and hits >= 0
+
+
+def test_an_adapter_is_loaded_once_and_shared(small):
+    (digest,) = add(small, 1)
+    assert small.residency.acquire(digest) is None
+    lease = small.acquire(digest)
+    again = small.residency.acquire(digest)
+    assert again is not None
+    assert again.block is lease.block
+    stats = small.residency.stats()
+    assert (stats.loads, stats.hits, stats.evictions, stats.adapters_resident) == (1, 1, 0, 1)
+    assert stats.adapters_bytes == lease.block.nbytes
+    assert len(stats.load_s) == 1
+    assert small.residency.stats().loads == 0
+    small.residency.check()
+
+
+def test_the_least_recently_used_leaves_first(small):
+    a, b, c = add(small, 1, 2, 3)
+    for digest in (a, b, a):
+        small.residency.release(small.acquire(digest))
+    small.acquire(c)
+    assert small.residency.stats().evictions == 1
+    assert len(small.evicted) == 1
+    assert is_there(small, a)
+    assert not is_there(small, b)
+    small.residency.check()
+
+
+def test_who_is_in_use_does_not_leave(small):
+    a, b, c = add(small, 1, 2, 3)
+    held = [small.acquire(a), small.acquire(b)]
+    for _ in range(20):
+        small.residency.poll()
+        assert small.residency.acquire(c) is None
+    assert not small.residency.busy()
+    small.residency.release(held[0])
+    assert small.acquire(c).digest == c
+    assert small.residency.acquire(b) is not None
+    small.residency.check()
+
+
+def test_what_was_evicted_comes_back_byte_for_byte(small):
+    digests = add(small, 1, 2, 3)
+    seen: dict[str, bytes] = {}
+    for _ in range(3):
+        for digest in digests:
+            lease = small.acquire(digest)
+            assert seen.setdefault(digest, bytes_of(small, lease)) == bytes_of(small, lease)
+            small.residency.release(lease)
+    assert len(set(seen.values())) == 3
+    assert small.residency.stats().loads == 9
+
+
+def test_every_load_has_a_key_of_its_own(small):
+    digests = add(small, 1, 2, 3)
+    keys = []
+    for digest in digests * 2:
+        lease = small.acquire(digest)
+        keys.append(lease.block.key)
+        small.residency.release(lease)
+    assert len(set(keys)) == 6
+    assert small.evicted == keys[:4]
+
+
+def test_two_who_wait_for_the_same_room_both_get_it(tmp_path, llama, block_bytes):
+    with Store(tmp_path / "store", llama, block_bytes) as store:
+        waiting = add(store, 1, 2)
+        done: list[str] = []
+        for _ in range(2000):
+            store.residency.poll()
+            for digest in tuple(waiting):
+                lease = store.residency.acquire(digest)
+                if lease is not None:
+                    done.append(digest)
+                    waiting.remove(digest)
+                    store.residency.release(lease)
+            if not waiting:
+                break
+            time.sleep(0.001)
+        assert len(done) == 2
+        assert store.residency.stats().loads == 2
+
+
+def test_a_load_that_nobody_claims_does_not_keep_others_out(tmp_path, llama, block_bytes):
+    with Store(tmp_path / "store", llama, block_bytes) as store:
+        a, b = add(store, 1, 2)
+        assert store.residency.acquire(a) is None
+        store.settle()
+        # loaded, and kept for whoever asked for it
+        assert store.residency.acquire(b) is None
+        assert not store.residency.busy()
+        for _ in range(CLAIM_POLLS):
+            store.residency.poll()
+        assert store.acquire(b).digest == b
+
+
+def test_scattered_room_is_brought_together(tmp_path, llama, block_bytes):
+    with Store(tmp_path / "store", llama, 4 * block_bytes) as store:
+        digests = add(store, 1, 2, 3, 4)
+        (large,) = add(store, 5, rank=7)
+        leases = [store.acquire(digest) for digest in digests]
+        before = {lease.digest: bytes_of(store, lease) for lease in leases}
+        keep = sorted(leases, key=lambda lease: lease.block.offset)
+        # in use, idle, forgotten, forgotten: what is idle may be moved or evicted
+        store.residency.release(keep[0])
+        store.residency.release(keep[2])
+        store.residency.release(keep[1])
+        store.remove(next(e.name for e in store.catalog.list() if e.digest == keep[0].digest))
+        store.remove(next(e.name for e in store.catalog.list() if e.digest == keep[2].digest))
+        lease = store.acquire(large)
+        assert store.residency.stats().evictions == 2
+        assert keep[1].block.key in store.evicted, "the kernels forget what has moved"
+        moved = store.acquire(keep[1].digest)
+        assert moved.block.key != keep[1].block.key
+        assert moved.block.offset == 0
+        assert bytes_of(store, moved) == before[moved.digest]
+        assert bytes_of(store, keep[3]) == before[keep[3].digest]
+        assert lease.block.nbytes > block_bytes
+        store.residency.check()
+
+
+def test_an_adapter_that_can_never_fit_is_refused_when_it_is_prepared(small):
+    with pytest.raises(AdapterTooLarge, match="device memory: expected a block of at most"):
+        small.register("large", lora(LARGE))
+    assert small.files() == []
+
+
+def test_an_adapter_that_fitted_a_larger_arena_is_refused_when_it_is_asked_for(tmp_path, llama, block_bytes):
+    with Store(tmp_path / "store", llama) as store:
+        (digest,) = add(store, 1, rank=LARGE)
+    with Store(tmp_path / "store", llama, block_bytes) as store:
+        with pytest.raises(AdapterTooLarge):
+            store.acquire(digest)
+        with pytest.raises(AdapterTooLarge):
+            store.residency.acquire(digest)
+
+
+def test_images_outlive_a_restart(tmp_path, llama):
+    with Store(tmp_path / "store", llama) as store:
+        (digest,) = add(store, 1)
+        before = bytes_of(store, store.acquire(digest))
+    with Store(tmp_path / "store", llama) as store:
+        (image,) = (tmp_path / "store" / "images").iterdir()
+        written = image.stat().st_mtime_ns
+        assert bytes_of(store, store.acquire(digest)) == before
+        assert image.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "head", "gone", "link", "empty"])
+def test_an_image_that_is_damaged_is_made_again(damage, small, caplog):
+    a, b, c = add(small, 1, 2, 3)
+    lease = small.acquire(a)
+    before = bytes_of(small, lease)
+    small.residency.release(lease)
+    for digest in (b, c):
+        small.residency.release(small.acquire(digest))
+    (image,) = (small.root / "images").glob(f"{a}*")
+    raw = bytearray(image.read_bytes())
+    raw[-300] ^= 1
+    head = b"?" + image.read_bytes()[1:]
+    {
+        "flip": lambda: image.write_bytes(raw),
+        "cut": lambda: image.write_bytes(raw[:-1]),
+        "head": lambda: image.write_bytes(head),
+        "empty": lambda: image.write_bytes(b""),
+        "gone": image.unlink,
+        "link": lambda: (image.rename(image.with_name("other")), image.symlink_to("other")),
+    }[damage]()
+    with caplog.at_level(logging.WARNING):
+        assert bytes_of(small, small.acquire(a)) == before
+    assert ("is damaged" in caplog.text) == (damage != "gone")
+    small.residency.check()
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("damage", ["flip", "header", "cut", "gone"])
+def test_damaged_files_are_data_loss_for_their_adapter_alone(file, damage, tmp_path, llama):
+    with Store(tmp_path / "store", llama) as store:
+        a, b = add(store, 1, 2)
+    path = tmp_path / "store" / "objects" / a / file
+    raw = bytearray(path.read_bytes())
+    raw[9 if damage == "header" else -2] ^= 0x40
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(raw[:-1] if damage == "cut" else raw)
+    for image in (tmp_path / "store" / "images").iterdir():
+        image.unlink()
+    with Store(tmp_path / "store", llama) as store:
+        with pytest.raises(AdapterCorrupt):
+            store.acquire(a)
+        assert store.acquire(b).digest == b
+        # bringing the right bytes again repairs it
+        store.register("again", lora(4, 1))
+        assert store.acquire(a).digest == a
+
+
+def test_a_failure_is_news_to_everyone_who_waits_and_then_forgotten(tmp_path, llama, monkeypatch):
+    with Store(tmp_path / "store", llama) as store:
+        (digest,) = add(store, 1)
+
+        def broken(block: torch.Tensor) -> Directory:
+            raise StoreFull("full")
+
+        monkeypatch.setattr("weft.adapters_store.loader.directory", broken)
+        with pytest.raises(StoreFull):
+            store.acquire(digest)
+        with pytest.raises(StoreFull):
+            store.residency.acquire(digest)
+        assert store.arena.used_bytes == 0
+        monkeypatch.setattr("weft.adapters_store.loader.directory", directory)
+        monkeypatch.setattr("weft.adapters_store.residency.time.monotonic", lambda: float("inf"))
+        assert store.residency.acquire(digest) is None
+        store.residency.check()
+
+
+def test_a_defect_in_a_job_is_logged_and_the_next_job_is_done(tmp_path, llama, monkeypatch, caplog):
+    with Store(tmp_path / "store", llama) as store:
+        monkeypatch.setattr("weft.adapters_store.loader.compile_adapter", lambda *arguments: 1 / 0)
+        with pytest.raises(StoreBug, match=r"incident [0-9a-f]{12}") as failure:
+            store.register("a", lora())
+        incident = failure.value.message.rpartition(" ")[2]
+        assert incident in caplog.text
+        assert "ZeroDivisionError" in caplog.text
+        monkeypatch.undo()
+        assert store.register("a", lora()).method == "LORA"
+
+
+def test_an_adapter_of_another_backbone_says_so_when_it_is_asked_for(tmp_path, llama):
+    with Store(tmp_path / "store", llama) as store:
+        (digest,) = add(store, 1)
+    with Store(tmp_path / "store", sites("gpt2")) as store:
+        # the digest of the tests' backbones is the same; their images must not be
+        for image in (tmp_path / "store" / "images").iterdir():
+            image.unlink()
+        with pytest.raises(AdapterIncompatible):
+            store.acquire(digest)
+
+
+def test_forgetting_waits_for_the_last_use(small):
+    (digest,) = add(small, 1)
+    first, second = small.acquire(digest), small.acquire(digest)
+    before = bytes_of(small, first)
+    small.residency.forget(digest)
+    small.residency.release(first)
+    small.settle()
+    assert bytes_of(small, second) == before
+    assert list((small.root / "images").glob(f"{digest}*"))
+    small.residency.release(second)
+    small.settle()
+    assert small.arena.used_bytes == 0
+    assert not list((small.root / "images").glob(f"{digest}*"))
+    assert small.evicted == [first.block.key]
+    small.residency.check()
+
+
+def test_forgetting_what_is_being_loaded_leaves_nothing(small):
+    (digest,) = add(small, 1)
+    assert small.residency.acquire(digest) is None
+    small.residency.forget(digest)
+    small.settle()
+    for _ in range(CLAIM_POLLS + 1):
+        small.residency.poll()
+    small.settle()
+    assert small.arena.used_bytes == 0
+    assert not list((small.root / "images").iterdir())
+    small.residency.check()
+
+
+def test_a_request_that_holds_a_forgotten_version_still_gets_it(small):
+    (digest,) = add(small, 1)
+    small.residency.forget(digest)
+    assert small.acquire(digest).digest == digest
+
+
+def test_preparing_what_was_forgotten_brings_it_back(small):
+    (digest,) = add(small, 1)
+    lease = small.acquire(digest)
+    small.residency.forget(digest)
+    assert small.prepare(digest).error is None
+    small.residency.release(lease)
+    small.settle()
+    assert is_there(small, digest)
+    assert list((small.root / "images").glob(f"{digest}*"))
+
+
+def test_the_engine_never_waits_for_the_disk(tmp_path, llama, monkeypatch):
+    slow = threading.Event()
+    right = Images.opened
+
+    def opened(images, digest):
+        slow.wait(10)
+        return right(images, digest)
+
+    with Store(tmp_path / "store", llama) as store:
+        a, b = add(store, 1, 2)
+        held = store.acquire(a)
+        monkeypatch.setattr(Images, "opened", opened)
+        start = time.monotonic()
+        for _ in range(100):
+            store.residency.poll()
+            assert store.residency.acquire(b) is None
+            assert store.residency.acquire(a) is not None
+        assert time.monotonic() - start < 1
+        slow.set()
+        assert store.acquire(b).digest == b
+        assert held.digest == a
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_images_of_each_dtype_have_names_of_their_own(dtype, tmp_path, llama):
+    for served in (torch.float32, dtype):
+        with Store(tmp_path / "store", llama, dtype=served) as store:
+            (digest,) = add(store, 1)
+            store.acquire(digest)
+    assert len(list((tmp_path / "store" / "images").iterdir())) == len({torch.float32, dtype})
+
+
+def _reachable(*roots: object) -> Iterator[object]:
+    seen: set[int] = set()
+    todo = list(roots)
+    while todo:
+        item = todo.pop()
+        if id(item) in seen or isinstance(item, type | ModelSites) or type(item).__name__ in ("module", "function"):
+            continue
+        seen.add(id(item))
+        yield item
+        todo.extend(gc.get_referents(item))
+
+
+@pytest.mark.parametrize("kind", VALID)
+def test_nothing_of_a_resident_adapter_lies_outside_the_arena(kind, tmp_path, llama):
+    with Store(tmp_path / "store", llama) as store:
+        lease = store.acquire(store.register("a", VALID[kind]()).digest)
+        arena = store.arena.buffer.untyped_storage().data_ptr()
+        head = lease.block.directory
+        for item in _reachable(lease, store.residency._versions):
+            if isinstance(item, torch.Tensor):
+                assert item.untyped_storage().data_ptr() == arena
+            if isinstance(item, np.ndarray):
+                assert item.nbytes <= head.sites.nbytes + 4096
+            if isinstance(item, bytes | bytearray | memoryview):
+                assert len(item) <= 64
+
+
+def test_prepared_results_name_the_field_at_fault(small):
+    files: Files = lora().configured(use_dora=True)
+    with pytest.raises(AdapterInvalid) as refusal:
+        small.register("a", files)
+    assert isinstance(refusal.value, AdapterError)
+    assert refusal.value.field == "use_dora"
+    assert small.files() == []
+
+
+def test_closing_stops_the_loader(tmp_path: Path, llama):
+    store = Store(tmp_path / "store", llama)
+    threads = {thread.name for thread in threading.enumerate()}
+    assert "adapter-loader" in threads
+    store.__exit__(None, None, None)
+    assert "adapter-loader" not in {thread.name for thread in threading.enumerate()}
