@@ -41,6 +41,11 @@ class Arena:
         self.used_bytes = 0
 
     @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self._used)
+
+    @property
     def free_bytes(self) -> int:
         """Bytes in holes, together."""
         return self.nbytes - self.used_bytes
@@ -71,9 +76,14 @@ class Arena:
         """The bytes of a block, as a view."""
         return self.buffer[offset : offset + nbytes]
 
-    def room_bytes(self, fixed: Collection[int]) -> int:
-        """The largest hole there would be if every block but these were freed."""
-        return max((stop - start for start, stop in self._spans(fixed)), default=0)
+    def room_bytes(self, leaving: Collection[int]) -> int:
+        """The largest hole there would be if these blocks were freed."""
+        largest, at, gone = 0, 0, set(leaving)
+        for offset in sorted(self._used):
+            if offset not in gone:
+                largest = max(largest, offset - at)
+                at = offset + self._used[offset]
+        return max(largest, self.nbytes - at)
 
     def plan_hole(self, nbytes: int, movable: Collection[int]) -> list[Move] | None:
         """The cheapest moves that join neighbouring holes to one of this size, in the order to make them; None if
@@ -126,14 +136,6 @@ class Arena:
                 insort(self._holes, hole)
         self._used[start] = size
         self.used_bytes += size
-
-    def _spans(self, fixed: Collection[int]) -> list[tuple[int, int]]:
-        """What lies between blocks that stay."""
-        spans, at = [], 0
-        for offset in sorted(fixed):
-            spans.append((at, offset))
-            at = offset + self._used[offset]
-        return [*spans, (at, self.nbytes)]
 
     def _slide(self, target: int, offsets: list[int]) -> list[Move]:
         """Put these neighbours side by side, beginning at ``target``."""

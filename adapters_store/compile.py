@@ -1,13 +1,14 @@
 """Compiles a parsed adapter: reads its values, folds them to the normal form, proves the fold, lays out the image."""
 
 from collections.abc import Mapping
+from math import frexp
 
 import torch
 from torch import Tensor
 
 from weft.adapters_store.errors import AdapterTooLarge, StoreBug
 from weft.adapters_store.fold import Folded, fold_site, kron_becomes_low_rank, site_bytes
-from weft.adapters_store.operators import Kron, ParsedAdapter
+from weft.adapters_store.operators import Kron, LowRank, ParsedAdapter
 from weft.adapters_store.proof import prove
 from weft.adapters_store.report import AdapterReport, SiteSummary
 from weft.adapters_store.sites import SiteCatalogue
@@ -53,7 +54,11 @@ def compile_adapter(
     image = pack(geometry, terms)
     _check_image(image, geometry, terms)
     report = AdapterReport(
-        parsed.method, parsed.dialect, image.numel(), tuple(summaries), (*parsed.notes, *_notes(values, geometry.dtype))
+        parsed.method,
+        parsed.dialect,
+        image.numel(),
+        tuple(summaries),
+        (*parsed.notes, *_notes(parsed, values, geometry.dtype)),
     )
     return image, report
 
@@ -79,16 +84,25 @@ def _summary(folded: Folded, size: int) -> SiteSummary:
     return SiteSummary(folded.site.path, tuple(folded.words), folded.rank, size, tuple(folded.folds))
 
 
-def _notes(values: Values, dtype: torch.dtype) -> list[str]:
+def _notes(parsed: ParsedAdapter, values: Values, dtype: torch.dtype) -> list[str]:
+    operators = [operator for said in parsed.sites.values() for operator in said.operators]
+    # vectors stay in fp32
+    if dtype == torch.float32 or not any(isinstance(operator, LowRank | Kron) for operator in operators):
+        return _large(values)
     notes = [
         f"{name_of(source)} factors rounded once to {name_of(dtype)}"
         for source in sorted(values.dtypes, key=str)
-        if source != dtype and dtype != torch.float32
+        if source != dtype
     ]
+    scales = {operator.scale for operator in operators if isinstance(operator, LowRank | Kron)}
+    if dtype in values.dtypes and any(abs(frexp(scale)[0]) != 0.5 for scale in scales):
+        notes.append(f"scales folded into {name_of(dtype)} factors, rounded once")
+    return notes + _large(values)
+
+
+def _large(values: Values) -> list[str]:
     largest, name = values.large
-    if name:
-        notes.append(f"{name} holds values up to {largest:g}, which is unusual")
-    return notes
+    return [f"{name} holds values up to {largest:g}, which is unusual"] if name else []
 
 
 def _check_image(image: Tensor, geometry: Geometry, terms: Mapping[int, SiteTerms]) -> None:

@@ -56,6 +56,8 @@ class Images:
         with io_errors("writing an image"):
             pieces: Iterator[bytes | memoryview] = iter((head.ljust(HEAD_BYTES, b"\0"), data))
             write_atomically(self.path(digest), pieces, self.root / STAGING)
+        # of one version for one backbone at a time, so that images cannot pile up
+        self._remove(digest, but=self.path(digest).name)
 
     def nbytes(self, digest: str) -> int:
         """Length of the block. ImageMissing if there is no image, AdapterCorrupt if it is damaged."""
@@ -63,9 +65,14 @@ class Images:
             return image.nbytes
 
     def remove(self, digest: str) -> None:
-        """Delete the image, if there is one."""
+        """Delete the version's image, whatever backbone it is for."""
+        self._remove(digest, but="")
+
+    def _remove(self, digest: str, but: str) -> None:
         with io_errors("removing an image"):
-            self.path(digest).unlink(missing_ok=True)
+            for path in (self.root / IMAGES).glob(f"{digest}-*"):
+                if path.name != but:
+                    path.unlink(missing_ok=True)
 
     @contextmanager
     def opened(self, digest: str) -> Iterator["ImageFile"]:

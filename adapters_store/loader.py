@@ -20,7 +20,14 @@ from torch import Tensor
 
 from weft.adapters_store.arena import Move, copy_overlapping
 from weft.adapters_store.compile import compile_adapter
-from weft.adapters_store.errors import AdapterCorrupt, AdapterError, AdapterIncompatible, AdapterInvalid, StoreBug
+from weft.adapters_store.errors import (
+    AdapterCorrupt,
+    AdapterError,
+    AdapterIncompatible,
+    AdapterInvalid,
+    AdapterTooLarge,
+    StoreBug,
+)
 from weft.adapters_store.files import AdapterFiles, digest_of, version_folder
 from weft.adapters_store.formats import parse_adapter
 from weft.adapters_store.images import ImageFile, ImageMissing, Images
@@ -171,7 +178,10 @@ class Loader:
         if files.digest != digest:
             raise _corrupt()
         parsed = parse_adapter(files, self._catalogue.info)
-        block, report = compile_adapter(parsed, self._catalogue, self._geometry, self._bytes_max)
+        try:
+            block, report = compile_adapter(parsed, self._catalogue, self._geometry, self._bytes_max)
+        except MemoryError:
+            raise AdapterTooLarge("host memory: expected room to compile this adapter, got none") from None
         self._images.write(digest, block)
         return report
 
@@ -226,8 +236,11 @@ class _Device:
         with torch.cuda.stream(self._stream):
             if ready is not None:
                 self._stream.wait_event(ready)
-            yield
-            self._stream.synchronize()
+            try:
+                yield
+            finally:
+                # moves that were launched are over before anybody hears of the job, also when it failed
+                self._stream.synchronize()
 
     def copy(self, image: ImageFile, block: Tensor) -> None:
         """The image's bytes to the block."""

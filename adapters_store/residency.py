@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from math import inf
 from pathlib import Path
 
 import torch
@@ -85,7 +86,6 @@ class _Version:
     directory: Directory | None = None
     block: Block | None = None
     uses: int = 0
-    used_at: int = 0
     unclaimed: int = 0
     error: AdapterError | None = None
     until: float = 0.0
@@ -110,10 +110,15 @@ class Residency:
         self._arena, self._on_evict = arena, on_evict
         self._loader = Loader(root, catalogue, geometry, arena.buffer, arena.nbytes)
         self._versions: dict[str, _Version] = {}
+        # residents that nobody uses, the least recently used first
+        self._idle: dict[str, _Version] = {}
         # versions without a name that are still in use or under way
         self._forgotten: set[str] = set()
-        self._keys, self._clock = itertools.count(1), itertools.count(1)
+        self._keys = itertools.count(1)
         self._polls = 0
+        # no block of this size or above finds room until something changes
+        self._no_room_bytes: float = inf
+        self._claims_until = 0
         self._loads, self._evictions, self._hits = 0, 0, 0
         self._load_s: list[float] = []
 
@@ -139,7 +144,7 @@ class Residency:
             self._hits += 1
         version.unclaimed = 0
         version.uses += 1
-        version.used_at = next(self._clock)
+        self._idle.pop(digest, None)
         return Lease(digest, version.block)
 
     def release(self, lease: Lease) -> None:
@@ -147,8 +152,10 @@ class Residency:
         version = self._versions[lease.digest]
         assert version.uses > 0, "release without acquire"
         version.uses -= 1
-        version.used_at = next(self._clock)
-        self._drop_forgotten()
+        if not version.uses:
+            self._idle[lease.digest] = version
+            self._no_room_bytes = inf
+            self._drop_forgotten()
 
     def forget(self, digest: str) -> None:
         """The version has no name any more: its block leaves when nobody uses it, and its image is deleted.
@@ -164,6 +171,8 @@ class Residency:
     def poll(self) -> list[PrepareResult]:
         """Take in what the loader has done. Call at every step."""
         self._polls += 1
+        if self._polls <= self._claims_until:
+            self._no_room_bytes = inf
         prepared: list[PrepareResult] = []
         for done in self._loader.take():
             match done.job:
@@ -186,9 +195,8 @@ class Residency:
 
     def stats(self) -> ResidencyStats:
         """Figures for one engine step; counters start again."""
-        resident = sum(version.offset >= 0 for version in self._versions.values())
         stats = ResidencyStats(
-            self._arena.used_bytes, resident, self._loads, self._evictions, self._hits, tuple(self._load_s)
+            self._arena.used_bytes, self._arena.blocks, self._loads, self._evictions, self._hits, tuple(self._load_s)
         )
         self._loads, self._evictions, self._hits, self._load_s = 0, 0, 0, []
         return stats
@@ -207,6 +215,7 @@ class Residency:
             assert (version.block is not None) == resident, "resident means that there is a block"
             assert (version.offset >= 0) == (resident or version.state is _State.WRITING), "place and state disagree"
             assert resident or not version.uses, "only residents are used"
+            assert (version.digest in self._idle) == (resident and not version.uses), "idle is resident and unused"
             if version.block is not None:
                 assert version.block.offset == version.offset, "the block is elsewhere"
 
@@ -223,15 +232,21 @@ class Residency:
             return
         version.offset, moves = place
         version.state = _State.WRITING
-        ready = torch.cuda.current_stream().record_event() if self._arena.buffer.is_cuda else None
+        buffer = self._arena.buffer
+        # whatever still reads the old bytes was launched before this
+        ready = torch.cuda.current_stream(buffer.device).record_event() if buffer.is_cuda else None
         self._loader.submit(LoadJob(version.digest, version.offset, version.nbytes, tuple(moves), ready))
 
     def _make_room(self, nbytes: int) -> tuple[int, list[Move]] | None:
         """Where a block of this size can go now, and which moves make it free; None if it has to wait."""
-        idle = sorted((v for v in self._versions.values() if self._may_leave(v)), key=lambda v: v.used_at)
-        leaving = {v.offset for v in idle}
-        fixed = [v.offset for v in self._versions.values() if v.offset >= 0 and v.offset not in leaving]
-        if self._arena.room_bytes(fixed) < nbytes:
+        offset = self._arena.allocate(nbytes)
+        if offset is not None:
+            return offset, []
+        if nbytes >= self._no_room_bytes:
+            return None
+        idle = [version for version in self._idle.values() if self._may_leave(version)]
+        if self._arena.room_bytes([version.offset for version in idle]) < nbytes:
+            self._no_room_bytes = nbytes
             return None
         while (offset := self._arena.allocate(nbytes)) is None:
             if self._arena.free_bytes >= nbytes:
@@ -245,7 +260,7 @@ class Residency:
         return offset, []
 
     def _may_leave(self, version: _Version) -> bool:
-        return version.state is _State.RESIDENT and not version.uses and version.unclaimed <= self._polls
+        return version.digest in self._idle and version.unclaimed <= self._polls
 
     def _move(self, moves: list[Move]) -> None:
         at = {v.offset: v for v in self._versions.values() if v.offset >= 0}
@@ -266,16 +281,18 @@ class Residency:
         assert version.block is not None
         self._on_evict(version.block.key)
         version.block, version.unclaimed = None, 0
+        del self._idle[version.digest]
 
     def _show(self, version: _Version, directory: Directory) -> None:
         version.directory, version.state = directory, _State.RESIDENT
         version.block = Block(next(self._keys), version.offset, version.nbytes, directory)
+        self._idle[version.digest] = version
 
     def _drop_forgotten(self) -> None:
         """Of a version that nobody names or uses nothing stays: no block, no image, no memory of it."""
         for digest in tuple(self._forgotten):
             version = self._versions[digest]
-            if version.state is _State.RESIDENT and self._may_leave(version):
+            if self._may_leave(version):
                 self._evict(version)
             if version.state is _State.ABSENT:
                 self._forgotten.discard(digest)
@@ -294,7 +311,8 @@ class Residency:
         self._note(version, done.error)
 
     def _loaded(self, job: LoadJob, done: Done) -> None:
-        at = {v.offset: v for v in self._versions.values() if v.offset >= 0}
+        self._no_room_bytes = inf
+        at = {v.offset: v for v in self._versions.values() if v.offset >= 0} if job.moves else {}
         for move in job.moves:
             moved = at[move.target]
             assert moved.directory is not None, "only blocks that were written move"
@@ -306,7 +324,7 @@ class Residency:
             version.offset, version.nbytes, version.state = -1, 0, _State.ABSENT
             return
         self._show(version, done.directory)
-        version.unclaimed, version.used_at = self._polls + CLAIM_POLLS, next(self._clock)
+        version.unclaimed = self._claims_until = self._polls + CLAIM_POLLS
         self._loads += 1
         self._load_s.append(done.seconds)
 

@@ -27,6 +27,7 @@ class SiteInfo:
 class CatalogueInfo:
     """Everything about a backbone's sites that can be said without its weights; crosses process boundaries.
 
+    digest:     sha256 in hexadecimal over what the backbone is; an adapter may demand it (``base_fingerprint``)
     sites:      in index order; the sites of a group are neighbours
     groups:     sizes of the runs of sites that share an input, in order; they sum to len(sites)
     modules:    paths of all modules, so that an error can tell "no such module" from "not a linear"

@@ -22,12 +22,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from weft.kernels.working_set import LANES, WIDTH_MAX, GroupForm, Pool
+from weft.kernels.working_set import LANES, WIDTH_MAX, GroupForm, Pool, SiteForm
 
 Ints = npt.NDArray[np.int64]
 
-# in fp32 a sum of this many products is as good as a matmul's; longer ones are summed in pieces
-TERMS_MAX = 128
+# in fp32 long sums are made of sums of this many products: one after the other they would lose digits that a
+# matmul, which keeps many sums at once, does not
+TERMS_MAX = 16
 
 
 def bag(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -40,83 +41,94 @@ def bag(table: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tenso
     return torch.embedding_bag(table, index, offsets, False, 0, False, weights, True)[0]
 
 
+def fold(table: Tensor, pieces: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+    """Sums of neighbouring rows, where long sums were cut into pieces."""
+    return table if pieces is None else bag(table, *pieces)
+
+
 @dataclass(frozen=True, eq=False)
 class Local:
-    """One form's indices as if it were alone: one row, its section at 0. Lengths are those of the bags."""
+    """One form's indices as if it were alone: one row of x, its section at 0.
 
-    starts: Ints
-    periods: Ints
+    copies:  per chunk that x meets, (first row of the chunk, i2 or in_features: the period of its rows)
+    shrink, mix, expand:  lengths of bags;  ``*_fold``: pieces per sum;  ``*_index``: rows of their tables
+    pick:    elements of h that weigh B;  ``weight``: elements of w1
+    place:   per output, its element of what mix makes, -1 for none
+    """
+
+    copies: Ints
     shrink: Ints
-    fold: Ints
+    shrink_fold: Ints
     pick: Ints
     expand: Ints
-    expand_bags: Ints
+    expand_index: Ints
     weight: Ints
     mix: Ints
-    mix_bags: Ints
+    mix_fold: Ints
+    mix_index: Ints
     place: Ints
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _local(form: GroupForm, exact: bool) -> Local:
-    starts = [np.arange(form.chunks) * form.wide]
-    periods = [np.full(form.chunks, form.wide)]
-    pieces = _pieces(form.wide) if exact else [form.wide]
-    shrink, fold = pieces * form.chunks, [len(pieces)] * form.chunks
-    weight: list[Ints] = []
-    mix: list[Ints] = []
-    mix_bags: list[Ints] = []
-    place: list[Ints] = []
-    hidden, mixed = form.chunks, 0
+    copies = [(chunk * form.wide, form.wide) for chunk in range(form.chunks)]
+    sums = [form.wide] * form.chunks
+    pick, expand, expand_index = [], [], []
+    mixes, place, mixed = [], [], 0
     for site in form.sites:
-        at = hidden
+        pick.append(np.tile(site.column + np.arange(site.rank), site.chunks))
+        expand_index.append(site.b + np.arange(site.chunks * site.rank))
+        expand.append(np.full(site.chunks, site.rank))
+        place.append(_place(site, mixed))
+        if site.krons:
+            mixes.append(_mix(site, len(sums)))
+            mixed += len(mixes[-1][0])
         for kron in site.krons:
-            starts.append(kron.w2 + np.arange(kron.chunks) * kron.i2)
-            periods.append(np.full(kron.chunks, kron.i2))
-            shrink += [kron.i2] * (kron.i1 * kron.chunks)
-            fold += [1] * (kron.i1 * kron.chunks)
-            hidden += kron.i1 * kron.chunks
-        if not site.krons:
-            place.append(np.full(site.tall, -1))
-            continue
-        o1, o2, chunks = site.krons[0].o1, site.krons[0].o2, site.krons[0].chunks
-        for o in range(o1):
-            for c in range(chunks):
-                firsts = at + np.cumsum([0, *(k.i1 * chunks for k in site.krons)])
-                for kron, first in zip(site.krons, firsts.tolist(), strict=False):
-                    weight.append(kron.w1 + o * kron.i1 + np.arange(kron.i1))
-                    mix.append(first + c * kron.i1 + np.arange(kron.i1))
-        mix_bags.append(np.full(o1 * chunks, sum(k.i1 for k in site.krons)))
-        out = np.arange(site.tall)
-        place.append(mixed * LANES + out // o2 * (chunks * LANES) + out % o2)
-        mixed += o1 * chunks
-    pick, expand, bags = _expand(form)
+            copies += [(kron.w2 + chunk * kron.i2, kron.i2) for chunk in range(kron.chunks)]
+            sums += [kron.i2] * (kron.chunks * kron.i1)
+    lengths, weight, index = zip(*mixes, strict=True) if mixes else ((), (), ())
     return Local(
-        np.concatenate(starts),
-        np.concatenate(periods),
-        np.array(shrink, dtype=np.int64),
-        np.array(fold, dtype=np.int64),
-        pick,
-        expand,
-        bags,
+        np.array(copies, dtype=np.int64).reshape(-1, 2),
+        *_pieces(np.array(sums, dtype=np.int64), exact),
+        _joined(pick),
+        _joined(expand),
+        _joined(expand_index),
         _joined(weight),
-        _joined(mix),
-        _joined(mix_bags),
-        np.concatenate(place),
+        *_pieces(_joined(lengths), exact),
+        _joined(index),
+        _joined(place),
     )
 
 
-def _pieces(length: int) -> list[int]:
-    return [min(TERMS_MAX, length - at) for at in range(0, length, TERMS_MAX)]
+def _mix(site: SiteForm, hidden: int) -> tuple[Ints, Ints, Ints]:
+    """(terms of each sum [o1 * chunks], elements of w1, rows of t) for a site whose t begins at row ``hidden``."""
+    o1, chunks = site.krons[0].o1, site.krons[0].chunks
+    weights, rows = [], []
+    for kron in site.krons:
+        weight = kron.w1 + np.arange(o1 * kron.i1).reshape(o1, 1, kron.i1)
+        row = hidden + np.arange(chunks * kron.i1).reshape(1, chunks, kron.i1)
+        weights.append(np.broadcast_to(weight, (o1, chunks, kron.i1)))
+        rows.append(np.broadcast_to(row, (o1, chunks, kron.i1)))
+        hidden += chunks * kron.i1
+    weight, row = np.concatenate(weights, axis=2), np.concatenate(rows, axis=2)
+    return np.full(o1 * chunks, weight.shape[2]), weight.reshape(-1), row.reshape(-1)
 
 
-def _expand(form: GroupForm) -> tuple[Ints, Ints, Ints]:
-    pick, expand, bags = [], [], []
-    for site in form.sites:
-        pick.append(np.tile(site.column + np.arange(site.rank), site.chunks))
-        expand.append(site.b + np.arange(site.chunks * site.rank))
-        bags.append(np.full(site.chunks, site.rank))
-    return _joined(pick), _joined(expand), _joined(bags)
+def _place(site: SiteForm, mixed: int) -> Ints:
+    if not site.krons:
+        return np.full(site.tall, -1)
+    o2, chunks, out = site.krons[0].o2, site.krons[0].chunks, np.arange(site.tall)
+    return (mixed + out // o2 * chunks) * LANES + out % o2
+
+
+def _pieces(lengths: Ints, exact: bool) -> tuple[Ints, Ints]:
+    """(lengths of bags, bags per sum) for sums of these lengths."""
+    if not exact:
+        return lengths, np.ones_like(lengths)
+    counts = np.maximum(-(-lengths // TERMS_MAX), 1)
+    bags = np.full(counts.sum(), TERMS_MAX)
+    bags[np.cumsum(counts) - 1] = lengths - (counts - 1) * TERMS_MAX
+    return bags, counts
 
 
 def _joined(parts: Sequence[Ints]) -> Ints:
@@ -125,6 +137,11 @@ def _joined(parts: Sequence[Ints]) -> Ints:
 
 def _spread(parts: Sequence[Ints], shifts: Sequence[int]) -> Ints:
     return _joined([part + shift for part, shift in zip(parts, shifts, strict=True)])
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    starts: list[int] = np.cumsum([0, *lengths])[:-1].tolist()
+    return starts
 
 
 class Pattern:
@@ -140,41 +157,40 @@ class Pattern:
         first = forms[0]
         self.count, self.width, self.wide = len(forms), first.width, first.wide
         self.tall = sum(site.tall for site in first.sites)
-        copies = [len(part.starts) for part in parts]
-        # rows of x, each as often as the row has chunks
+        # x: rows as often as they have chunks
+        copies = [len(part.copies) for part in parts]
         self.copies = copies[0] if len(set(copies)) == 1 else None
         self.source = self._index(np.repeat(np.arange(len(forms)), copies))
-        self.starts, self._of_copy = _joined([p.starts for p in parts]), np.repeat(np.arange(len(forms)), copies)
-        self.steps = self._steps(_joined([part.periods for part in parts]))
-        self.shrink_offsets = self._offsets(_joined([part.shrink for part in parts]))
-        fold = _joined([part.fold for part in parts])
-        self.fold: tuple[Tensor, Tensor, Tensor] | None = None
-        if (fold > 1).any():
-            pieces = int(fold.sum())
-            ones = torch.ones(pieces, dtype=torch.float32, device=device)  # only fp32 is summed in pieces
-            self.fold = (self._index(np.arange(pieces)), self._offsets(fold), ones)
-        hidden = np.cumsum([0, *(len(part.fold) for part in parts)])[:-1].tolist()
+        table = np.concatenate([part.copies for part in parts])
+        self._shrink, self._of_copy = table[:, 0], np.repeat(np.arange(len(forms)), copies)
+        self._steps = self._steps_of(table[:, 1])
+        self.shrink = self._offsets([part.shrink for part in parts])
+        self.shrink_fold = self._fold([part.shrink_fold for part in parts])
+        # h: rows of each row
+        hidden = _starts([len(part.shrink_fold) for part in parts])
         self.pick = self._index(_spread([part.pick for part in parts], [at * LANES for at in hidden]))
-        self.expand = _joined([part.expand for part in parts])
-        self._of_expand = np.repeat(np.arange(len(parts)), [len(part.expand) for part in parts])
-        self.expand_offsets = self._offsets(_joined([part.expand_bags for part in parts]))
-        self.weight = _joined([part.weight for part in parts])
-        self._of_weight = np.repeat(np.arange(len(parts)), [len(part.weight) for part in parts])
-        self.mix = self._index(_spread([part.mix for part in parts], hidden))
-        self._place_mixed(parts)
+        self._expand, self._of_expand = self._behind([part.expand_index for part in parts])
+        self.expand = self._offsets([part.expand for part in parts])
+        self._weight, self._of_weight = self._behind([part.weight for part in parts])
+        self.mix_index = self._index(_spread([part.mix_index for part in parts], hidden))
+        # an empty sum behind all others: the zeros of outputs without such terms
+        self.mix = self._offsets([*(part.mix for part in parts), np.zeros(1, dtype=np.int64)])
+        self.mix_fold = self._fold([*(part.mix_fold for part in parts), np.ones(1, dtype=np.int64)])
+        mixed = _starts([len(part.mix_fold) for part in parts])
+        zero = sum(len(part.mix_fold) for part in parts) * LANES
+        place = [np.where(p.place < 0, zero, p.place + at * LANES) for p, at in zip(parts, mixed, strict=True)]
+        self.place = self._index(_joined(place))
         self._vectors(forms)
 
-    def _place_mixed(self, parts: Sequence[Local]) -> None:
-        bags = _joined([part.mix_bags for part in parts])
-        # an empty bag behind all others: the zeros of rows and sites without such terms
-        self.mix_offsets = self._offsets(np.append(bags, 0))
-        shifts = np.cumsum([0, *(len(part.mix_bags) for part in parts)])[:-1].tolist()
-        zero = len(bags) * LANES
-        place = [
-            np.where(part.place < 0, zero, part.place + shift * LANES)
-            for part, shift in zip(parts, shifts, strict=True)
-        ]
-        self.place = self._index(_joined(place))
+    @property
+    def low_rank(self) -> bool:
+        """Whether any row has ranks."""
+        return len(self._expand) > 0
+
+    @property
+    def kron(self) -> bool:
+        """Whether any row has Kronecker terms."""
+        return len(self._weight) > 0
 
     def _vectors(self, forms: Sequence[GroupForm]) -> None:
         """sigma and beta: rows of width inside each section, -1 for none."""
@@ -190,25 +206,36 @@ class Pattern:
         self.padded = at
         self.keep = self._index(np.concatenate(kept)) if at != self.tall else None
 
-    def _steps(self, periods: Ints) -> Tensor:
+    def _steps_of(self, periods: Ints) -> Tensor:
         steps = np.arange(self.wide)
         if len(set(periods.tolist())) <= 1:
             return self._index(steps % periods[0] if len(periods) else steps)
         return self._index(steps[None, :] % periods[:, None])
 
+    def _behind(self, parts: Sequence[Ints]) -> tuple[Ints, Ints]:
+        return _joined(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+
     def _index(self, values: Ints) -> Tensor:
         return torch.from_numpy(values.astype(np.int32)).to(self._device)
 
-    def _offsets(self, lengths: Ints) -> Tensor:
-        return self._index(np.cumsum([0, *lengths.tolist()]))
+    def _offsets(self, lengths: Sequence[Ints]) -> Tensor:
+        return self._index(np.append(0, np.cumsum(_joined(lengths))))
+
+    def _fold(self, counts: Sequence[Ints]) -> tuple[Tensor, Tensor, Tensor] | None:
+        pieces = _joined(counts)
+        if (pieces <= 1).all():
+            return None
+        # only fp32 is summed in pieces
+        ones = torch.ones(int(pieces.sum()), dtype=torch.float32, device=self._device)
+        return self._index(np.arange(len(ones))), self._offsets([pieces]), ones
 
     def at(self, shifts: Ints) -> "Places":
         """The indices with each row's section this many elements behind the table's start."""
-        copies = self._index((self.starts + shifts[self._of_copy] // LANES)[:, None])
+        copies = self._index((self._shrink + shifts[self._of_copy] // LANES)[:, None])
         return Places(
-            torch.add(copies, self.steps).view(-1),
-            self._index(self.expand + shifts[self._of_expand] // self.width),
-            self._index(self.weight + shifts[self._of_weight]),
+            torch.add(copies, self._steps).view(-1),
+            self._index(self._expand + shifts[self._of_expand] // self.width),
+            self._index(self._weight + shifts[self._of_weight]),
         )
 
 
@@ -287,18 +314,16 @@ class Plan:
 
     def _delta(self, x: Tensor) -> Tensor | None:
         pattern, places = self._pattern, self._places
-        if not len(pattern.starts):
+        if not (pattern.low_rank or pattern.kron):
             return None
-        hidden = bag(self._chunks, places.shrink, pattern.shrink_offsets, self._inputs(x))
-        if pattern.fold is not None:
-            hidden = bag(hidden, *pattern.fold)
+        hidden = fold(bag(self._chunks, places.shrink, pattern.shrink, self._inputs(x)), pattern.shrink_fold)
         delta = None
-        if len(pattern.expand):
+        if pattern.low_rank:
             picked = hidden.view(-1).index_select(0, pattern.pick)
-            delta = self._kept(bag(self._tables, places.expand, pattern.expand_offsets, picked))
-        if len(pattern.mix):
+            delta = self._kept(bag(self._tables, places.expand, pattern.expand, picked))
+        if pattern.kron:
             weights = self._flat.index_select(0, places.weight)
-            mixed = bag(hidden, pattern.mix, pattern.mix_offsets, weights)
+            mixed = fold(bag(hidden, pattern.mix_index, pattern.mix, weights), pattern.mix_fold)
             mixed = mixed.view(-1).index_select(0, pattern.place).view(pattern.count, pattern.tall)
             delta = mixed if delta is None else delta.add_(mixed)
         return delta

@@ -40,10 +40,8 @@ _NOWHERE = tl.constexpr(2**31 - 1)
 def plain_dot(a, b, acc, UPCAST: tl.constexpr):
     """acc + a b, fp32, for a [M, K] and b [K, N] of one dtype; UPCAST multiplies in fp32."""
     if UPCAST:
-        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        acc = tl.dot(a, b, acc)
-    return acc
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -145,12 +143,12 @@ def expand_kernel(
     mask = live[:, None] & inside[None, :]
     # [BM, BN]
     y_place = y_ptr + (row + m).to(tl.int64)[:, None] * stride_yt + (y_column + tl.arange(0, BN))[None, :]
-    acc = tl.load(y_place, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_place, mask=mask, other=0.0)
     vectors = vectors_ptr + block * (_ALIGN // 4)
-    if sigma > 0:
-        acc *= tl.load(vectors + sigma.to(tl.int64) * (_UNIT // 4) + n, mask=inside, other=1.0)[None, :]
     stride = (tall * ITEM + _UNIT - 1) // _UNIT * (_UNIT // ITEM)
     b_ptr = factors_ptr + block * (_ALIGN // ITEM) + b_off.to(tl.int64) * (_UNIT // ITEM)
+    # y joins last: sums that start from it would be rounded at its size
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
     start = 0
     while start < rank:
         r = start + tl.arange(0, BR)
@@ -160,6 +158,10 @@ def expand_kernel(
         h = hidden_tile(h_ptr + before, h_row + m, live, r, rank, stride_hs, stride_ht, SPLITS)
         acc = precise_dot(h, b, acc, UPCAST)
         start += BR
+    total = y.to(tl.float32)
+    if sigma > 0:
+        total *= tl.load(vectors + sigma.to(tl.int64) * (_UNIT // 4) + n, mask=inside, other=1.0)[None, :]
+    acc += total
     if beta > 0:
         acc += tl.load(vectors + beta.to(tl.int64) * (_UNIT // 4) + n, mask=inside, other=0.0)[None, :]
     tl.store(y_place, acc.to(y_ptr.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from weft.adapters_store.errors import AdapterError
 from weft.server.config import ConfigError, ServerConfig, parse_address
-from weft.server.engine.messages import EngineInfo
+from weft.server.engine.messages import EngineInfo, StepStats
 from weft.server.frontend import Addresses, Frontend
 from weft.server.supervisor import ENGINE, EngineFailed
 from weft.server.version import VERSION
@@ -106,7 +106,7 @@ def say(line: str) -> None:
 def announce(config: ServerConfig, frontend: Frontend, addresses: Addresses) -> None:
     """Say what serves and where. The last line is for machines: it appears when requests are taken."""
     info = frontend.relay.engine()
-    for line in describe(config, info):
+    for line in describe(config, info, frontend.relay.stats):
         say(line)
     for line in warnings(config):
         say(line)
@@ -114,15 +114,17 @@ def announce(config: ServerConfig, frontend: Frontend, addresses: Addresses) -> 
     say(f"weft ready grpc={addresses.grpc} metrics={metrics}")
 
 
-def describe(config: ServerConfig, info: EngineInfo) -> list[str]:
-    """The backbone, what computes, and the memory set aside."""
+def describe(config: ServerConfig, info: EngineInfo, stats: StepStats | None) -> list[str]:
+    """The backbone, what computes, and the memory that is used and set aside."""
     mib = 1 << 20
+    backbone = f"backbone {stats.backbone_bytes / mib:.1f} MiB, " if stats is not None else ""
     return [
         f"weft {VERSION}",
         f"backbone {config.model}: {info.family}, {info.parameters:,} parameters, {info.dtype}, "
         f"{len(info.catalogue.sites)} sites, context {info.context_tokens} tokens",
         f"kernels {info.kernels} on {info.device}",
-        f"memory: adapters {info.adapter_bytes_max // mib} MiB, keys and values {info.kv_bytes_max // mib} MiB at most",
+        f"memory: {backbone}at most {info.adapter_bytes_max // mib} MiB of adapters "
+        f"and {info.kv_bytes_max // mib} MiB of keys and values",
     ]
 
 

@@ -120,9 +120,11 @@ class Registrar:
             await self._arrived.wait()
 
     async def _register(self, arrival: Arrival, info: EngineInfo) -> Entry:
-        upload = await self._threads.run(self._catalog.stage)
+        uploads: list[Upload] = []
         try:
-            digest = await self._receive(arrival, upload)
+            # kept by the thread itself: a caller that is cancelled here must still clean up
+            await self._threads.run(lambda: uploads.append(self._catalog.stage()))
+            digest = await self._receive(arrival, uploads[0])
             if self._is_registered(arrival, digest, info):
                 return self._catalog.get(arrival.name)
             async with self._lock(digest):
@@ -132,7 +134,8 @@ class Registrar:
                     if not self._catalog.is_named(digest):
                         self._relay.forget(Digest(digest))
         finally:
-            await self._threads.run(upload.abort)
+            for upload in uploads:
+                await self._threads.run(upload.abort)
 
     async def delete(self, name: str) -> None:
         """Forget a name. Requests in flight keep the version until they end."""
@@ -148,6 +151,7 @@ class Registrar:
                 await self._threads.run(delete)
         finally:
             self._retire(freed)
+        logger.info("deleted %s", name)
 
     def review(self, info: EngineInfo) -> None:
         """An engine is ready: see whether what was registered for another backbone fits the one it has."""
@@ -211,6 +215,7 @@ class Registrar:
         finally:
             self._retire(freed)
         self._refused.pop(digest, None)
+        logger.info("registered %s: %s, %d bytes, version %s", entry.name, entry.method, entry.device_bytes, digest)
         return entry
 
     def _judge(self, digest: str, catalogue: CatalogueInfo) -> None:

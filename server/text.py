@@ -46,7 +46,9 @@ class Tokenizer:
         # a saved tokenizer may carry the limits of its training
         backend.no_truncation()
         backend.no_padding()
-        self._special = frozenset(token for token, added in backend.get_added_tokens_decoder().items() if added.special)
+        added = backend.get_added_tokens_decoder()
+        self._special = frozenset(token for token, each in added.items() if each.special)
+        self._longest_characters = max(map(len, backend.get_vocab()), default=1)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer | None":
@@ -58,6 +60,12 @@ class Tokenizer:
             return None
         backend = tokenizers.Tokenizer.from_file(str(path))
         return cls(backend, ChatTemplate.load(folder))
+
+    def characters_max(self, tokens: int) -> int:
+        """More characters than this cannot be so few tokens: no token stands for more than the longest one
+        does.
+        """
+        return tokens * self._longest_characters
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Encode a prompt with the special tokens that the tokenizer adds."""

@@ -60,15 +60,17 @@ def read_prompt(
     """Return the prompt's token ids, at least one, each in the vocabulary. May take long for long texts."""
     match request.WhichOneof("prompt"):
         case "text":
-            ids = _text(request.text, tokenizer)
+            ids = _text(request.text, tokenizer, info.context_tokens)
         case "tokens":
+            if len(request.tokens.ids) > info.context_tokens:
+                raise _too_long(f"{len(request.tokens.ids)} tokens", info.context_tokens, "prompt")
             ids = tuple(request.tokens.ids)
             if ids and max(ids) >= info.vocabulary:
                 at = next(i for i, each in enumerate(ids) if each >= info.vocabulary)
                 text = f"token ids must be < {info.vocabulary}, got {ids[at]}"
                 raise InvalidRequest(text, field=f"tokens.ids[{at}]")
         case "chat":
-            ids = _chat(request.chat, tokenizer)
+            ids = _chat(request.chat, tokenizer, info.context_tokens)
         case _:
             raise InvalidRequest("expected one of text, tokens and chat, got none", field="prompt")
     if not ids:
@@ -80,8 +82,7 @@ def fit_new_tokens(request: inference_pb2.GenerateRequest, prompt_tokens: int, i
     """Return how many tokens may be generated. An unset number is the default, or what the context leaves."""
     room = info.context_tokens - prompt_tokens
     if room < 1:
-        text = f"prompt must leave room in a context of {info.context_tokens} tokens, got {prompt_tokens}"
-        raise PromptTooLong(text, field="prompt")
+        raise _too_long(f"{prompt_tokens} tokens", info.context_tokens, "prompt")
     if not request.HasField("max_new_tokens"):
         return min(default, room)
     wanted = request.max_new_tokens
@@ -91,6 +92,10 @@ def fit_new_tokens(request: inference_pb2.GenerateRequest, prompt_tokens: int, i
         text = f"prompt of {prompt_tokens} tokens leaves room for {room}, got max_new_tokens {wanted}"
         raise PromptTooLong(text, field="max_new_tokens")
     return wanted
+
+
+def _too_long(got: str, context_tokens: int, field: str) -> PromptTooLong:
+    return PromptTooLong(f"prompt must leave room in a context of {context_tokens} tokens, got {got}", field=field)
 
 
 def _request_id(text: str) -> str:
@@ -131,15 +136,17 @@ def _stops(stops: Sequence[str], tokenizer: Tokenizer | None) -> tuple[str, ...]
     return tuple(stops)
 
 
-def _text(text: str, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def _text(text: str, tokenizer: Tokenizer | None, context_tokens: int) -> tuple[int, ...]:
     if tokenizer is None:
         raise TokenizerMissing("expected a prompt of tokens: this backbone came without tokenizer", field="text")
     if not text:
         raise InvalidRequest("expected a prompt of at least one character, got none", field="text")
+    if len(text) > tokenizer.characters_max(context_tokens):
+        raise _too_long(f"{len(text)} characters", context_tokens, "text")
     return tokenizer.encode(text)
 
 
-def _chat(chat: inference_pb2.ChatMessages, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+def _chat(chat: inference_pb2.ChatMessages, tokenizer: Tokenizer | None, context_tokens: int) -> tuple[int, ...]:
     if tokenizer is None or tokenizer.template is None:
         raise TokenizerMissing("expected text or tokens: this backbone came without chat template", field="chat")
     if not chat.messages:
@@ -147,7 +154,11 @@ def _chat(chat: inference_pb2.ChatMessages, tokenizer: Tokenizer | None) -> tupl
     for i, message in enumerate(chat.messages):
         if not message.role:
             raise InvalidRequest("expected a role, got none", field=f"chat.messages[{i}].role")
-    return tokenizer.encode_chat(tokenizer.template, [(each.role, each.content) for each in chat.messages])
+    messages = [(each.role, each.content) for each in chat.messages]
+    characters = sum(len(role) + len(content) for role, content in messages)
+    if characters > tokenizer.characters_max(context_tokens):
+        raise _too_long(f"{characters} characters", context_tokens, "chat.messages")
+    return tokenizer.encode_chat(tokenizer.template, messages)
 
 
 def read_header(header: adapters_pb2.AdapterHeader, adapter_bytes_max: int) -> bytes | None:

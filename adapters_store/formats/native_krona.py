@@ -2,6 +2,8 @@
 
 Tensors at ``base_model.model.<module>.``: ``krona_A`` [a1, a2] and ``krona_B`` [b1, b2] with in = a1·b1 and
 out = a2·b2, or both with a leading axis of terms that are summed. In the form that kernels read, w1 = Aᵀ and w2 = Bᵀ.
+Settings: ``format_version`` 1, ``scale``, and where wanted ``base_model_name_or_path`` and ``target_modules``, which
+inform only, and ``base_fingerprint``, the digest of the one backbone that the adapter may run on.
 """
 
 from collections.abc import Iterator

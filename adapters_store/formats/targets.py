@@ -75,7 +75,8 @@ def _matching(targets: str | tuple[str, ...], names: list[str], catalogue: Catal
         if targets.lower() == "all-linear":
             return [site.path for site in catalogue.sites if site.kind != "lm_head"]
         found = matches_whole(targets, names, "target_modules")
-        return found if found else _no_match([targets], catalogue)
+        why = "text is a pattern for whole paths; a list holds names"
+        return found if found else _no_match([targets], catalogue, why)
     listed, said = set(targets), {name: set(suffixes(name)) for name in names}
     missing = listed.difference(*said.values())
     if missing:
@@ -89,9 +90,9 @@ def suffixes(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def _no_match(targets: list[str], catalogue: CatalogueInfo) -> NoReturn:
+def _no_match(targets: list[str], catalogue: CatalogueInfo, why: str = "") -> NoReturn:
     wanted = f"names of this backbone's modules ({names_of_backbone(catalogue)})"
-    raise expected("target_modules", wanted, some(targets))
+    raise expected("target_modules", wanted, some(targets), why)
 
 
 def _in_layers(names: list[str], layers: tuple[int, ...], layers_pattern: Names) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Self, TypeVar
 
 import torch
 
-from tests.adapters_store.files import Files
+from tests.adapters_store.files import Files, lora
 from tests.adapters_store.peft_models import ModelSites
 from weft.adapters_store.arena import Arena
 from weft.adapters_store.catalog import Catalog
@@ -25,11 +25,16 @@ class Store:
     """Catalog, arena and residency over one folder. ``evicted`` are the keys that the kernels were told to forget."""
 
     def __init__(
-        self, root: Path, sites: ModelSites, arena_bytes: int = ARENA_BYTES, dtype: torch.dtype = torch.float32
+        self,
+        root: Path,
+        sites: ModelSites,
+        arena_bytes: int = ARENA_BYTES,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
         self.root, self.sites = root, sites
         self.catalog = Catalog.open(root)
-        self.arena = Arena(arena_bytes, "cpu")
+        self.arena = Arena(arena_bytes, device)
         self.evicted: list[int] = []
         self.residency = Residency(root, sites, sites.geometry(dtype), self.arena, self.evicted.append)
 
@@ -106,3 +111,13 @@ class Store:
     ) -> None:
         self.residency.close()
         self.catalog.close()
+
+
+def add(store: Store, *seeds: int, rank: int = 4) -> list[str]:
+    """Register one adapter per seed; their digests."""
+    return [store.register(f"n{seed}-{rank}", lora(rank, seed)).digest for seed in seeds]
+
+
+def bytes_of(store: Store, lease: Lease) -> bytes:
+    """What the arena holds of an adapter."""
+    return store.arena.view(lease.block.offset, lease.block.nbytes).cpu().numpy().tobytes()

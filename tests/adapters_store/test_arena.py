@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -31,7 +31,7 @@ class Books(RuleBasedStateMachine):
     def allocate(self, nbytes: int) -> None:
         offset = self.arena.allocate(nbytes)
         if offset is None:
-            largest = self.arena.room_bytes(list(self.held))
+            largest = self.arena.room_bytes([])
             assert largest < nbytes
             return
         assert offset % ALIGN == 0
@@ -74,7 +74,9 @@ class Books(RuleBasedStateMachine):
         assert self.arena.used_bytes + self.arena.free_bytes == self.arena.nbytes
 
 
-Books.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Books.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 TestBooks = Books.TestCase
 
 
@@ -130,7 +132,7 @@ def test_the_cheapest_compaction_is_chosen():
     assert arena.plan_hole(2 * ALIGN, [blocks[3]]) is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 40))
 def test_a_move_keeps_every_byte_however_it_overlaps(source, target, nbytes):
     buffer = torch.arange(100, dtype=torch.uint8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.adapters_store.files import HIDDEN, Q0, RANK, VALID, Files, Tensor, filled, lora, noise
+from tests.adapters_store.files import HIDDEN, Q0, RANK, VALID, Files, Tensor, filled, lora
 from tests.adapters_store.peft_models import ModelSites, sites_of
 from weft.adapters_store import fold
 from weft.adapters_store.compile import block_bytes, compile_adapter
@@ -91,6 +91,17 @@ def test_a_value_that_overflows_on_rounding_is_refused(dtype, value, llama, tmp_
     assert refusal.value.field == name
 
 
+def test_scales_that_round_bf16_factors_are_reported(llama, tmp_path):
+    files = lora()
+    for name, tensor in files.tensors.items():
+        values = torch.frombuffer(bytearray(tensor.data), dtype=torch.float32).bfloat16()
+        files = files.with_tensor(name, Tensor(tensor.shape, values.view(torch.uint8).numpy().tobytes(), "BF16"))
+    for alpha, notes in ((8, ()), (6, ("scales folded into bfloat16 factors, rounded once",))):
+        parsed = parse(files.configured(lora_alpha=alpha), llama, tmp_path / str(alpha))
+        _, report = compile_adapter(parsed, llama, llama.geometry(torch.bfloat16), 1 << 30)
+        assert report.notes == notes
+
+
 def test_unusually_large_values_are_reported(llama, tmp_path):
     files = lora().with_tensor(f"{Q0}.lora_B.weight", filled((HIDDEN, RANK), 1e30))
     _, report = compile_adapter(parse(files, llama, tmp_path), llama, llama.geometry(), 1 << 30)
@@ -133,4 +144,3 @@ def test_the_same_bytes_compile_to_the_same_bytes(llama, tmp_path):
 def test_groups_and_sites_follow_the_backbone(llama):
     assert sites_of(llama.model).info == llama.info
     assert sum(llama.info.groups) == len(llama.info.sites)
-    assert noise((2, 2)) == noise((2, 2))

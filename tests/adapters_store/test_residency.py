@@ -1,7 +1,7 @@
 """Residency: who is in the arena, who leaves, what is loaded again, and what a damaged disk does to that."""
 
 import gc
-import logging
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -11,48 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.adapters_store.conftest import sites
 from tests.adapters_store.files import VALID, Files, lora
 from tests.adapters_store.peft_models import ModelSites
-from tests.adapters_store.stores import Store
+from tests.adapters_store.stores import Store, add, bytes_of
 from weft.adapters_store.errors import (
-    AdapterCorrupt,
     AdapterError,
-    AdapterIncompatible,
     AdapterInvalid,
     AdapterTooLarge,
-    StoreBug,
-    StoreFull,
 )
 from weft.adapters_store.images import Images
 from weft.adapters_store.residency import CLAIM_POLLS, Lease
-from weft.kernels.layout import Directory, directory
 
 LARGE = 40
-
-
-@pytest.fixture
-def block_bytes(llama, tmp_path_factory) -> int:
-    """Length of the block of ``lora()``."""
-    with Store(tmp_path_factory.mktemp("size"), llama) as store:
-        return store.register("a", lora()).device_bytes
-
-
-@pytest.fixture
-def small(tmp_path, llama, block_bytes) -> Iterator[Store]:
-    """A store whose arena holds two adapters like ``lora()``."""
-    with Store(tmp_path / "store", llama, 2 * block_bytes) as store:
-        yield store
-
-
-def add(store: Store, *seeds: int, rank: int = 4) -> list[str]:
-    """Register one adapter per seed; their digests."""
-    return [store.register(f"n{seed}-{rank}", lora(rank, seed)).digest for seed in seeds]
-
-
-def bytes_of(store: Store, lease: Lease) -> bytes:
-    """What the arena holds of an adapter."""
-    return store.arena.view(lease.block.offset, lease.block.nbytes).numpy().tobytes()
 
 
 def is_there(store: Store, digest: str) -> bool:
@@ -185,6 +155,47 @@ def test_scattered_room_is_brought_together(tmp_path, llama, block_bytes):
         store.residency.check()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_events_keeps_books_and_bytes(seed, tmp_path, llama, block_bytes):
+    choose = random.Random(seed)
+    with Store(tmp_path / "store", llama) as store:
+        digests = [*add(store, 1, 2, 3), *add(store, 4, rank=7), *add(store, 5, rank=1), *add(store, 6, rank=11)]
+        wanted = {digest: bytes_of(store, store.acquire(digest)) for digest in digests}
+    with Store(tmp_path / "store", llama, 4 * block_bytes) as store:
+        leases: list[Lease] = []
+        for _ in range(600):
+            match choose.choice(["acquire", "acquire", "acquire", "release", "release", "poll", "forget", "wait"]):
+                case "acquire":
+                    lease = store.residency.acquire(choose.choice(digests))
+                    leases += [lease] if lease is not None else []
+                case "release" if leases:
+                    lease = leases.pop(choose.randrange(len(leases)))
+                    assert bytes_of(store, lease) == wanted[lease.digest]
+                    store.residency.release(lease)
+                case "poll":
+                    store.residency.poll()
+                case "forget" if choose.random() < 0.2:
+                    store.residency.forget(choose.choice(digests))
+                case "wait":
+                    store.settle()
+            store.residency.check()
+            for lease in leases:
+                assert lease.block.key not in store.evicted
+        for lease in leases:
+            assert bytes_of(store, lease) == wanted[lease.digest]
+            store.residency.release(lease)
+        store.settle()
+        for digest in digests:
+            store.residency.forget(digest)
+            store.settle()
+        for _ in range(CLAIM_POLLS + 1):
+            store.residency.poll()
+        store.residency.check()
+        assert store.arena.used_bytes == 0
+        keys = store.evicted
+        assert len(keys) == len(set(keys))
+
+
 def test_an_adapter_that_can_never_fit_is_refused_when_it_is_prepared(small):
     with pytest.raises(AdapterTooLarge, match="device memory: expected a block of at most"):
         small.register("large", lora(LARGE))
@@ -199,108 +210,6 @@ def test_an_adapter_that_fitted_a_larger_arena_is_refused_when_it_is_asked_for(t
             store.acquire(digest)
         with pytest.raises(AdapterTooLarge):
             store.residency.acquire(digest)
-
-
-def test_images_outlive_a_restart(tmp_path, llama):
-    with Store(tmp_path / "store", llama) as store:
-        (digest,) = add(store, 1)
-        before = bytes_of(store, store.acquire(digest))
-    with Store(tmp_path / "store", llama) as store:
-        (image,) = (tmp_path / "store" / "images").iterdir()
-        written = image.stat().st_mtime_ns
-        assert bytes_of(store, store.acquire(digest)) == before
-        assert image.stat().st_mtime_ns == written
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "head", "gone", "link", "empty"])
-def test_an_image_that_is_damaged_is_made_again(damage, small, caplog):
-    a, b, c = add(small, 1, 2, 3)
-    lease = small.acquire(a)
-    before = bytes_of(small, lease)
-    small.residency.release(lease)
-    for digest in (b, c):
-        small.residency.release(small.acquire(digest))
-    (image,) = (small.root / "images").glob(f"{a}*")
-    raw = bytearray(image.read_bytes())
-    raw[-300] ^= 1
-    head = b"?" + image.read_bytes()[1:]
-    {
-        "flip": lambda: image.write_bytes(raw),
-        "cut": lambda: image.write_bytes(raw[:-1]),
-        "head": lambda: image.write_bytes(head),
-        "empty": lambda: image.write_bytes(b""),
-        "gone": image.unlink,
-        "link": lambda: (image.rename(image.with_name("other")), image.symlink_to("other")),
-    }[damage]()
-    with caplog.at_level(logging.WARNING):
-        assert bytes_of(small, small.acquire(a)) == before
-    assert ("is damaged" in caplog.text) == (damage != "gone")
-    small.residency.check()
-
-
-@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
-@pytest.mark.parametrize("damage", ["flip", "header", "cut", "gone"])
-def test_damaged_files_are_data_loss_for_their_adapter_alone(file, damage, tmp_path, llama):
-    with Store(tmp_path / "store", llama) as store:
-        a, b = add(store, 1, 2)
-    path = tmp_path / "store" / "objects" / a / file
-    raw = bytearray(path.read_bytes())
-    raw[9 if damage == "header" else -2] ^= 0x40
-    if damage == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(raw[:-1] if damage == "cut" else raw)
-    for image in (tmp_path / "store" / "images").iterdir():
-        image.unlink()
-    with Store(tmp_path / "store", llama) as store:
-        with pytest.raises(AdapterCorrupt):
-            store.acquire(a)
-        assert store.acquire(b).digest == b
-        # bringing the right bytes again repairs it
-        store.register("again", lora(4, 1))
-        assert store.acquire(a).digest == a
-
-
-def test_a_failure_is_news_to_everyone_who_waits_and_then_forgotten(tmp_path, llama, monkeypatch):
-    with Store(tmp_path / "store", llama) as store:
-        (digest,) = add(store, 1)
-
-        def broken(block: torch.Tensor) -> Directory:
-            raise StoreFull("full")
-
-        monkeypatch.setattr("weft.adapters_store.loader.directory", broken)
-        with pytest.raises(StoreFull):
-            store.acquire(digest)
-        with pytest.raises(StoreFull):
-            store.residency.acquire(digest)
-        assert store.arena.used_bytes == 0
-        monkeypatch.setattr("weft.adapters_store.loader.directory", directory)
-        monkeypatch.setattr("weft.adapters_store.residency.time.monotonic", lambda: float("inf"))
-        assert store.residency.acquire(digest) is None
-        store.residency.check()
-
-
-def test_a_defect_in_a_job_is_logged_and_the_next_job_is_done(tmp_path, llama, monkeypatch, caplog):
-    with Store(tmp_path / "store", llama) as store:
-        monkeypatch.setattr("weft.adapters_store.loader.compile_adapter", lambda *arguments: 1 / 0)
-        with pytest.raises(StoreBug, match=r"incident [0-9a-f]{12}") as failure:
-            store.register("a", lora())
-        incident = failure.value.message.rpartition(" ")[2]
-        assert incident in caplog.text
-        assert "ZeroDivisionError" in caplog.text
-        monkeypatch.undo()
-        assert store.register("a", lora()).method == "LORA"
-
-
-def test_an_adapter_of_another_backbone_says_so_when_it_is_asked_for(tmp_path, llama):
-    with Store(tmp_path / "store", llama) as store:
-        (digest,) = add(store, 1)
-    with Store(tmp_path / "store", sites("gpt2")) as store:
-        # the digest of the tests' backbones is the same; their images must not be
-        for image in (tmp_path / "store" / "images").iterdir():
-            image.unlink()
-        with pytest.raises(AdapterIncompatible):
-            store.acquire(digest)
 
 
 def test_forgetting_waits_for_the_last_use(small):
@@ -373,15 +282,6 @@ def test_the_engine_never_waits_for_the_disk(tmp_path, llama, monkeypatch):
         assert held.digest == a
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_images_of_each_dtype_have_names_of_their_own(dtype, tmp_path, llama):
-    for served in (torch.float32, dtype):
-        with Store(tmp_path / "store", llama, dtype=served) as store:
-            (digest,) = add(store, 1)
-            store.acquire(digest)
-    assert len(list((tmp_path / "store" / "images").iterdir())) == len({torch.float32, dtype})
-
-
 def _reachable(*roots: object) -> Iterator[object]:
     seen: set[int] = set()
     todo = list(roots)
@@ -424,3 +324,17 @@ def test_closing_stops_the_loader(tmp_path: Path, llama):
     assert "adapter-loader" in threads
     store.__exit__(None, None, None)
     assert "adapter-loader" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_the_same_bytes_through_loads_evictions_and_moves(tmp_path, llama, block_bytes):
+    with Store(tmp_path / "store", llama) as store:
+        digests = [*add(store, 1, 2, 3, 4), *add(store, 5, rank=7)]
+        wanted = {digest: bytes_of(store, store.acquire(digest)) for digest in digests}
+    with Store(tmp_path / "store", llama, 4 * block_bytes, device="cuda") as store:
+        for digest in [*digests, *reversed(digests), digests[1], digests[4], digests[0]]:
+            lease = store.acquire(digest)
+            assert bytes_of(store, lease) == wanted[digest]
+            store.residency.release(lease)
+            store.residency.check()
+        assert store.residency.stats().evictions > 0

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import safetensors
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.adapters_store.files import Tensor, lora, with_header
@@ -62,13 +62,13 @@ def plausible_files(draw: st.DrawFn) -> bytes:
     return with_header(header, data + draw(st.sampled_from([b"", b"", b"", b"\0"])))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(plausible_files())
 def test_what_we_accept_the_library_reads_alike(file):
     check_against_the_library(file)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_file_with_broken_bytes_is_refused_or_means_the_same_to_both(data):
     file = bytearray(encode({"a.b": Tensor((2, 3), bytes(24)), "c": Tensor((4,), bytes(8), "BF16")}))

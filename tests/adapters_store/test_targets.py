@@ -4,7 +4,7 @@ import re
 import warnings
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -33,7 +33,7 @@ def by_peft(family: str, **values) -> set[str]:
     return {name for name in names if check_target_module_exists(config, name)}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(["llama", "gpt2"]), st.data())
 def test_lists_mean_what_they_mean_to_peft(family, data):
     some = st.lists(st.sampled_from(LINEARS[family]), min_size=1, max_size=4, unique=True)
@@ -82,7 +82,7 @@ def test_sites_come_in_the_order_of_the_backbone():
 letters = st.text(st.sampled_from("ab.0_-"), min_size=1, max_size=5)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(letters, st.lists(st.text(st.sampled_from("ab.0_-"), max_size=8), max_size=4))
 def test_a_plain_pattern_needs_no_regular_expression(pattern, paths):
     names = [*paths, "a.b.0.a", "ab.a.00.b"]
@@ -102,7 +102,7 @@ def test_a_wild_pattern_is_matched_like_a_plain_one():
         assert plain == wild
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(letters, max_size=4, unique=True), st.lists(letters, min_size=1, max_size=4))
 def test_the_first_pattern_of_the_file_wins_as_in_peft(keys, paths):
     values = {key: i for i, key in enumerate(keys)}

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -14,7 +15,7 @@ from tests.client.fake_server import OVERLOADED, FakeServer, Refusal, make_adapt
 from weft.proto.v1 import common_pb2
 from weft.server import cli
 from weft.server import errors as server_errors
-from weft.server.commands import hints
+from weft.server.commands import hints, local
 
 
 @pytest.fixture
@@ -246,6 +247,22 @@ def test_the_version_is_the_version_of_the_server(capsys):
         cli.main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out == "weft 0.1.0\n"
+
+
+def test_a_benchmark_gets_its_options_untouched(monkeypatch):
+    seen: list[list[str]] = []
+
+    def main(words: list[str]) -> int:
+        seen.append(words)
+        return 3
+
+    def load(name: str) -> SimpleNamespace:
+        assert name == "weft.bench.decode"
+        return SimpleNamespace(main=main)
+
+    monkeypatch.setattr(local, "import_module", load)
+    assert cli.main(["bench", "decode", "--peer", "peft", "--json", "--help"]) == 3
+    assert seen == [["--peer", "peft", "--json", "--help"]]
 
 
 def test_every_reason_of_the_server_has_its_advice():

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from safetensors.numpy import save
@@ -75,6 +76,9 @@ def adapter_files(
     return json.dumps(config).encode(), save(weights)
 
 
+Told = tuple[grpc.StatusCode, str, tuple[str, ...]]
+
+
 @dataclass
 class Refusal:
     """The status of a failed call, taken apart."""
@@ -85,6 +89,14 @@ class Refusal:
     fields: tuple[str, ...]
     retry_after_s: float | None
     pushback_ms: str | None
+
+
+def refused(call: Callable[[], object]) -> Told:
+    """The code, reason and fields with which a call ends."""
+    with pytest.raises(grpc.RpcError) as failed:
+        call()
+    told = refusal(failed.value)
+    return told.code, told.reason, told.fields
 
 
 def refusal(call: Any) -> Refusal:
@@ -122,18 +134,18 @@ class Running:
         """A new connection."""
         return grpc.insecure_channel(self.address, options=list(options.items()))
 
-    def unary(self, path: str, request: Message | bytes, answer: type[Message], timeout: float = WAIT_S) -> Any:
+    def unary(self, path: str, request: Message | bytes, answer: type[Message], timeout: float | None = WAIT_S) -> Any:
         """Call a unary RPC."""
         call = self.channel.unary_unary(path, response_deserializer=answer.FromString)
         raw = request if isinstance(request, bytes) else request.SerializeToString()
         return call(raw, timeout=timeout, metadata=self.metadata)
 
-    def generate(self, *, timeout: float = WAIT_S, **fields: Any) -> Any:
+    def generate(self, *, timeout: float | None = WAIT_S, **fields: Any) -> Any:
         """Call Generate; ``ids`` is short for a prompt of tokens."""
         request = make_request(**fields)
         return self.unary("/weft.v1.InferenceService/Generate", request, inference_pb2.GenerateResponse, timeout)
 
-    def stream(self, *, timeout: float = WAIT_S, channel: grpc.Channel | None = None, **fields: Any) -> Any:
+    def stream(self, *, timeout: float | None = WAIT_S, channel: grpc.Channel | None = None, **fields: Any) -> Any:
         """Call StreamGenerate; an iterator of events that can be cancelled."""
         request = inference_pb2.StreamGenerateRequest(request=make_request(**fields))
         call = (channel or self.channel).unary_stream(
@@ -176,10 +188,25 @@ class Running:
         request = server_pb2.GetServerInfoRequest()
         return self.unary("/weft.v1.ServerService/GetServerInfo", request, server_pb2.GetServerInfoResponse)
 
+    @property
+    def engine_pid(self) -> int:
+        """The engine's process, 0 while there is none."""
+        return self.frontend.supervisor.pid or 0
+
     def commands(self, kind: str = "") -> list[str]:
         """What the engine was told, as ``Kind id``."""
         lines = (Path(self.frontend.supervisor._config.model) / "commands").read_text().splitlines()
         return [line for line in lines if line.startswith(kind)]
+
+    def aborts_next(self) -> Callable[[], str]:
+        """Call before a request is sent; what it returns waits for that request and names its Abort."""
+        before = len(self.commands("Submit"))
+
+        def abort() -> str:
+            until(lambda: len(self.commands("Submit")) > before)
+            return self.commands("Submit")[before].replace("Submit", "Abort")
+
+        return abort
 
     def scrape(self) -> dict[str, float]:
         """The metrics page as {sample with labels: value}."""

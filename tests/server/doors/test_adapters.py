@@ -2,25 +2,19 @@
 store.
 """
 
+from functools import partial
 from pathlib import Path
 
 import grpc
 import pytest
 
 from tests.server.doors import fake_engine
-from tests.server.doors.harness import adapter_files, refusal, running, until
+from tests.server.doors.harness import adapter_files, refused, running, until
 from weft.proto.v1 import common_pb2, inference_pb2
 from weft.server.config import ConfigError
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 ACTIVE, INCOMPATIBLE = common_pb2.ADAPTER_STATE_ACTIVE, common_pb2.ADAPTER_STATE_INCOMPATIBLE
-
-
-def refused(call) -> tuple:
-    with pytest.raises(grpc.RpcError) as failed:
-        call()
-    told = refusal(failed.value)
-    return told.code, told.reason, told.fields
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +77,7 @@ def test_a_token_of_another_list_or_with_a_flipped_bit_is_refused(stocked):
     assert refused(lambda: stocked.list_adapters(page_token=token, method="LORA"))[0] is INVALID
     for at in range(len(token)):
         changed = token[:at] + ("A" if token[at] != "A" else "B") + token[at + 1 :]
-        assert refused(lambda changed=changed: stocked.list_adapters(page_token=changed))[0] is INVALID
+        assert refused(partial(stocked.list_adapters, page_token=changed))[0] is INVALID
 
 
 def test_a_page_is_no_larger_than_a_thousand(stocked):
@@ -178,18 +172,17 @@ def test_adapters_named_at_the_start_are_registered_before_the_server_is_ready(t
         assert server.get("a").digest == server.get("b").digest != first
 
 
+def cannot_start(folder: Path, adapter: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message), running(folder, adapter=(adapter,)):
+        pass
+
+
 def test_an_adapter_named_at_the_start_that_cannot_be_served_stops_the_start(tmp_path):
-    with pytest.raises(ConfigError, match=r"adapter a must be a folder with adapter_config\.json"):
-        with running(tmp_path, adapter=(f"a={tmp_path / 'missing'}",)):
-            pass
+    cannot_start(tmp_path, f"a={tmp_path / 'missing'}", r"adapter a must be a folder with adapter_config\.json")
     bad = write_adapter(tmp_path / "bad", 1)
     (bad / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="adapter a cannot be registered: .*peft_type"):
-        with running(tmp_path, adapter=(f"a={bad}",)):
-            pass
-    with pytest.raises(ConfigError, match="adapter x/y cannot be registered: name"):
-        with running(tmp_path, adapter=(f"x/y={bad}",)):
-            pass
+    cannot_start(tmp_path, f"a={bad}", r"adapter a cannot be registered: .*peft_type")
+    cannot_start(tmp_path, f"x/y={bad}", "adapter x/y cannot be registered: name")
 
 
 def test_server_info_says_what_this_is(server):

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import grpc
 import pytest
@@ -25,7 +26,7 @@ def server(tmp_path):
         yield started
 
 
-def health(server, service="") -> int:
+def health(server, service="") -> Any:
     request = health_pb2.HealthCheckRequest(service=service)
     return server.unary("/grpc.health.v1.Health/Check", request, health_pb2.HealthCheckResponse).status
 
@@ -36,7 +37,7 @@ def test_everything_in_flight_is_told_within_a_second_and_then_it_serves_again(s
     streams.append(server.stream(ids=[fake_engine.WAIT], adapter="kept", max_new_tokens=5))
     for stream in streams:
         next(stream)
-    pid = server.frontend.supervisor.pid
+    pid = server.engine_pid
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     for stream in streams:
@@ -47,7 +48,7 @@ def test_everything_in_flight_is_told_within_a_second_and_then_it_serves_again(s
         assert told.retry_after_s == 2.0
     assert time.monotonic() - killed < 1.0
     until(lambda: health(server) == SERVING)
-    assert server.frontend.supervisor.pid != pid
+    assert server.engine_pid != pid
     # the store holds what was registered; nothing is registered again
     assert server.generate(ids=[5], adapter="kept", max_new_tokens=3).text == "ABC"
     page = server.scrape()
@@ -59,7 +60,7 @@ def test_while_the_engine_is_away_the_rest_of_the_server_answers(tmp_path):
     slow = RestartPolicy(backoff_s=1.5, stop_s_max=1.0)
     with running(tmp_path, policy=slow) as server:
         server.register("kept", adapter_files(1))
-        os.kill(server.frontend.supervisor.pid, signal.SIGKILL)
+        os.kill(server.engine_pid, signal.SIGKILL)
         until(lambda: health(server) == NOT_SERVING)
         assert health(server, "weft.v1.InferenceService") == NOT_SERVING
         assert health(server, "liveness") == SERVING
@@ -98,10 +99,10 @@ def test_an_upload_that_kills_the_engine_leaves_nothing(server):
 def test_a_silent_engine_that_owes_answers_is_killed(tmp_path):
     policy = RestartPolicy(backoff_s=0.02, stop_s_max=0.2, stall_s_max=0.4)
     with running(tmp_path, policy=policy) as server:
-        pid = server.frontend.supervisor.pid
+        pid = server.engine_pid
         # silence is no crime while nobody waits
         threading.Event().wait(0.8)
-        assert server.frontend.supervisor.pid == pid
+        assert server.engine_pid == pid
         os.kill(pid, signal.SIGSTOP)
         with pytest.raises(grpc.RpcError) as failed:
             server.generate(ids=[5], max_new_tokens=5)
@@ -114,7 +115,7 @@ def test_an_engine_that_keeps_dying_is_given_up(tmp_path):
     policy = RestartPolicy(failures_max=3, backoff_s=0.01, stop_s_max=1.0)
     with running(tmp_path, policy=policy) as server:
         (tmp_path / "backbone" / fake_engine.DIE_AT_START).touch()
-        os.kill(server.frontend.supervisor.pid, signal.SIGKILL)
+        os.kill(server.engine_pid, signal.SIGKILL)
         until(server.frontend.supervisor.gave_up.done)
         assert "3 times in a row" in server.frontend.supervisor.gave_up.result()
         assert health(server) == NOT_SERVING
@@ -126,7 +127,7 @@ def test_deaths_far_apart_are_forgiven(tmp_path):
     with running(tmp_path, policy=policy) as server:
         for _ in range(3):
             until(lambda: health(server) == SERVING)
-            os.kill(server.frontend.supervisor.pid, signal.SIGKILL)
+            os.kill(server.engine_pid, signal.SIGKILL)
             until(lambda: health(server) == NOT_SERVING)
         until(lambda: health(server) == SERVING)
 
@@ -148,11 +149,11 @@ def test_an_engine_that_dies_at_the_start_is_not_tried_again(tmp_path):
 
 
 def test_a_killed_engine_leaves_no_process_and_no_thread(server):
-    pid = server.frontend.supervisor.pid
+    pid = server.engine_pid
     before = threading.active_count()
     for _ in range(3):
-        killed = server.frontend.supervisor.pid
-        os.kill(killed, signal.SIGKILL)
-        until(lambda killed=killed: server.frontend.supervisor.pid not in (killed, None) and health(server) == SERVING)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        until(lambda: health(server) == NOT_SERVING)
+        until(lambda: health(server) == SERVING)
     assert not os.path.exists(f"/proc/{pid}")
     until(lambda: threading.active_count() <= before)

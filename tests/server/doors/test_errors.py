@@ -43,7 +43,7 @@ def test_unavailable_says_when_to_come_back_and_nothing_else_does():
 
 
 def test_one_reason_means_one_code():
-    codes = {}
+    codes: dict[str, StatusCode] = {}
     for row in errors.TABLE.values():
         assert codes.setdefault(row.reason, row.code) is row.code
 

@@ -4,12 +4,14 @@ words.
 
 import threading
 import time
+from functools import partial
+from typing import Any
 
 import grpc
 import pytest
 
 from tests.server.doors import fake_engine
-from tests.server.doors.harness import adapter_files, make_request, refusal, running, until
+from tests.server.doors.harness import adapter_files, make_request, refusal, refused, running, until
 from weft.proto.v1 import inference_pb2
 from weft.server.engine.messages import Failure
 
@@ -20,13 +22,6 @@ CHAT = inference_pb2.ChatMessages
 
 def chat(*turns):
     return CHAT(messages=[inference_pb2.ChatMessage(role=role, content=content) for role, content in turns])
-
-
-def refused(call) -> tuple:
-    with pytest.raises(grpc.RpcError) as failed:
-        call()
-    told = refusal(failed.value)
-    return told.code, told.reason, told.fields
 
 
 def test_a_completion_says_what_it_ran_with(server):
@@ -73,11 +68,11 @@ def test_deltas_come_one_by_one_when_the_reader_keeps_up(server):
 
 
 def test_a_stop_string_ends_the_text_before_it_and_the_request_in_the_engine(server):
+    abort = server.aborts_next()
     answer = server.generate(ids=[5], max_new_tokens=200, stop=["fgh", "zz"])
     assert (answer.text, answer.reason) == ("abcde", STOP)
     assert answer.usage.completion_tokens == len(answer.token_ids) == 8
-    aborted = server.commands("Submit")[-1].replace("Submit", "Abort")
-    until(lambda: aborted in server.commands("Abort"))
+    until(lambda: abort() in server.commands("Abort"))
 
 
 def test_a_possible_stop_string_is_held_back_and_then_shown(server):
@@ -107,9 +102,18 @@ def test_chat_is_rendered_and_encoded(server):
     assert answer.started.prompt_tokens == len("<system>s<user>hi<assistant>")
 
 
-def test_a_long_text_is_encoded_beside_the_loop(server):
-    assert server.generate(text="x" * 300, max_new_tokens=1).usage.prompt_tokens == 300
-    assert refused(lambda: server.generate(text="x" * 100_000)) == (INVALID, "PROMPT_TOO_LONG", ("prompt",))
+def test_a_text_is_measured_in_tokens(server):
+    assert server.generate(text="é" * 150, max_new_tokens=1).usage.prompt_tokens == 300
+    assert refused(lambda: server.generate(text="x" * 600)) == (INVALID, "PROMPT_TOO_LONG", ("prompt",))
+
+
+def test_a_text_that_cannot_fit_is_refused_without_encoding_it(server):
+    long = "x" * 3_000_000
+    began = time.monotonic()
+    assert refused(lambda: server.generate(text=long)) == (INVALID, "PROMPT_TOO_LONG", ("text",))
+    told = refused(lambda: server.generate(chat=chat(("user", long))))
+    assert told == (INVALID, "PROMPT_TOO_LONG", ("chat.messages",))
+    assert time.monotonic() - began < 1
 
 
 NAN, INF = float("nan"), float("inf")
@@ -146,11 +150,11 @@ BAD = [
 
 @pytest.mark.parametrize(("fields", "reason", "field"), BAD, ids=[f"{each[2]}-{i}" for i, each in enumerate(BAD)])
 def test_bad_requests_are_refused_by_field_and_never_reach_the_engine(server, fields, reason, field):
-    before = len(server.commands())
+    before = len(server.commands("Submit"))
     assert refused(lambda: server.generate(**fields)) == (INVALID, reason, (field,))
     stream = refused(lambda: list(server.stream(**fields)))
     assert stream == (INVALID, reason, (f"request.{field}",))
-    assert len(server.commands()) == before
+    assert len(server.commands("Submit")) == before
 
 
 @pytest.mark.parametrize(
@@ -179,7 +183,7 @@ def test_an_unknown_adapter_is_not_found_and_a_bad_name_is_invalid(server):
         "ADAPTER_NOT_FOUND",
     )
     for name in ("..", "a/b", "a\0b", "a,b", "x" * 129, " ", "é"):
-        code, reason, _ = refused(lambda name=name: server.generate(ids=[1], adapter=name))
+        code, reason, _ = refused(partial(server.generate, ids=[1], adapter=name))
         assert (code, reason) == (INVALID, "ADAPTER_INVALID")
 
 
@@ -198,7 +202,7 @@ FAILURES = {
 @pytest.mark.parametrize("failure", Failure)
 def test_a_failure_in_the_engine_has_its_status_after_the_tokens_before_it(server, failure):
     prompt = [fake_engine.FAIL + fake_engine.FAILURES.index(failure)]
-    received = []
+    received, abort = [], server.aborts_next()
 
     def read():
         for event in server.stream(ids=prompt, max_new_tokens=9):
@@ -212,45 +216,44 @@ def test_a_failure_in_the_engine_has_its_status_after_the_tokens_before_it(serve
     assert received[0] == "started"
     assert set(received[1:]) == {"delta"}
     # it ended there: nothing to abort
-    assert server.commands("Submit")[-1].replace("Submit", "Abort") not in server.commands("Abort")
-
-
-def last_abort(server) -> str:
-    return server.commands("Submit")[-1].replace("Submit", "Abort")
+    assert abort() not in server.commands("Abort")
 
 
 def test_a_cancelled_stream_is_aborted_in_the_engine(server):
+    abort = server.aborts_next()
     stream = server.stream(ids=[5], max_new_tokens=500)
     next(stream)
-    abort, began = last_abort(server), time.monotonic()
+    aborted, began = abort(), time.monotonic()
     stream.cancel()
-    until(lambda: abort in server.commands("Abort"))
+    until(lambda: aborted in server.commands("Abort"))
     assert time.monotonic() - began < 0.5
 
 
 def test_a_cancelled_unary_call_is_aborted_too(server):
     method = server.channel.unary_unary("/weft.v1.InferenceService/Generate")
+    abort = server.aborts_next()
     call = method.future(make_request(ids=[fake_engine.HANG], max_new_tokens=5).SerializeToString())
-    until(lambda: server.commands("Submit") and server.scrape()["weft_requests_running"] == 1)
-    abort = last_abort(server)
+    aborted = abort()
     call.cancel()
-    until(lambda: abort in server.commands("Abort"))
+    until(lambda: aborted in server.commands("Abort"))
     until(lambda: server.scrape()["weft_requests_running"] == 0)
 
 
 def test_a_caller_that_vanishes_is_aborted(server):
+    abort = server.aborts_next()
     with server.connect(**{"grpc.use_local_subchannel_pool": 1}) as channel:
         stream = server.stream(ids=[fake_engine.HANG], max_new_tokens=5, channel=channel)
         assert next(stream).HasField("started")
-        abort = last_abort(server)
-    until(lambda: abort in server.commands("Abort"))
+        aborted = abort()
+    until(lambda: aborted in server.commands("Abort"))
 
 
 def test_the_caller_s_deadline_ends_the_request(server):
+    abort = server.aborts_next()
     code, _, _ = refused(lambda: server.generate(ids=[fake_engine.HANG], max_new_tokens=5, timeout=0.2))
     assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    abort = last_abort(server)
-    until(lambda: abort in server.commands("Abort"))
+    aborted = abort()
+    until(lambda: aborted in server.commands("Abort"))
 
 
 def test_a_deadline_beyond_reason_is_no_trouble(server):
@@ -260,9 +263,9 @@ def test_a_deadline_beyond_reason_is_no_trouble(server):
 def test_the_server_s_longest_duration_ends_what_has_no_deadline(tmp_path):
     with running(tmp_path, request_duration_s_max=0.3) as server:
         for prompt in ([fake_engine.HANG], [fake_engine.WAIT]):
-            told = refused(lambda prompt=prompt: server.generate(ids=prompt, max_new_tokens=5, timeout=None))
+            told = refused(partial(server.generate, ids=prompt, max_new_tokens=5, timeout=None))
             assert told[:2] == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
-        assert len(server.commands("Abort")) == 2
+        until(lambda: len(server.commands("Abort")) == 2)
         told = refused(lambda: list(server.stream(ids=[fake_engine.HANG], max_new_tokens=5, timeout=None)))
         assert told[:2] == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
 
@@ -294,10 +297,10 @@ def test_the_queue_is_bounded_in_tokens(server):
 
 
 def test_requests_that_run_take_no_room_in_the_queue(server):
-    busy = []
-    for count in range(1, 9):
+    busy: list[Any] = []
+    while len(busy) < 8:
         busy.append(server.stream(ids=[fake_engine.HANG], max_new_tokens=100))
-        until(lambda count=count: server.scrape()["weft_requests_running"] == count)
+        until(lambda: server.scrape()["weft_requests_running"] == len(busy))
     assert server.generate(ids=[5], max_new_tokens=1).text == "a"
     for each in busy:
         each.cancel()

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from tests.server.doors import fake_engine
-from tests.server.doors.harness import make_backbone, refusal, running, until
+from tests.server.doors.harness import Running, make_backbone, refusal, running, until
 from weft.server.doors import edge
 
 TOKENS = 60_000
@@ -76,7 +76,7 @@ def valve(server):
     shut.close()
 
 
-def received(server) -> float:
+def received(server: Running) -> float:
     return server.scrape()["weft_generation_tokens_total"]
 
 
@@ -97,16 +97,16 @@ def test_what_a_slow_reader_misses_arrives_merged_and_whole(server, valve):
 
 
 def test_a_reader_that_never_reads_is_ended_and_does_not_disturb_others(server, valve):
+    abort = server.aborts_next()
     with grpc.insecure_channel(valve.address, options=SMALL_WINDOW) as channel:
         # the engine goes silent at the end, so that only the reader can be to blame
         stream = server.stream(ids=[fake_engine.BURST, fake_engine.HANG], max_new_tokens=200_000, channel=channel)
         next(stream)
         valve.open.clear()
-        until(lambda: server.commands("Submit"))
-        abort = server.commands("Submit")[-1].replace("Submit", "Abort")
+        aborted = abort()
         began = time.monotonic()
         assert server.generate(ids=[5], max_new_tokens=20).usage.completion_tokens == 20
-        until(lambda: abort in server.commands("Abort"))
+        until(lambda: aborted in server.commands("Abort"))
         assert time.monotonic() - began > 1.0
         until(lambda: server.scrape()["weft_requests_running"] == 0)
         key = 'weft_errors_total{code="RESOURCE_EXHAUSTED",reason="SLOW_CONSUMER"}'
@@ -122,18 +122,22 @@ def test_a_reader_that_never_reads_is_ended_and_does_not_disturb_others(server, 
 
 def test_a_stop_string_ends_the_request_even_if_nobody_reads(server, valve):
     text = b"ab" * 40_000
+    abort = server.aborts_next()
     with grpc.insecure_channel(valve.address, options=SMALL_WINDOW) as channel:
         prompt = [fake_engine.BYTES, *text, *b"STOP"]
         stream = server.stream(ids=prompt, max_new_tokens=9_000_000, stop=["STOP"], channel=channel)
         next(stream)
         valve.open.clear()
-        until(lambda: server.commands("Submit"))
-        abort = server.commands("Submit")[-1].replace("Submit", "Abort")
-        until(lambda: abort in server.commands("Abort"))
+        aborted = abort()
+        until(lambda: aborted in server.commands("Abort"))
         valve.open.set()
         events = list(stream)
     assert "".join(event.delta.text for event in events).encode() == text
     assert events[-1].finished.usage.completion_tokens == len(text) + 4
+
+
+def test_a_long_text_is_encoded_beside_the_loop(server):
+    assert server.generate(text="x" * 200_000, max_new_tokens=1).usage.prompt_tokens == 200_000
 
 
 def test_an_answer_larger_than_a_message_says_so(server, monkeypatch):

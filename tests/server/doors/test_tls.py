@@ -4,6 +4,7 @@ renewed.
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -39,7 +40,7 @@ def pems(tmp_path_factory):
     return {name: certificate(folder, name) for name in ("server", "caller", "stranger", "renewed")}
 
 
-def ask(address: str, credentials: grpc.ChannelCredentials | None) -> str:
+def ask(address: str, credentials: grpc.ChannelCredentials | None) -> Any:
     channel = grpc.insecure_channel(address) if credentials is None else grpc.secure_channel(address, credentials)
     with channel:
         call = channel.unary_unary(

@@ -6,12 +6,13 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import grpc
 import pytest
 
-from tests.server.doors import fake_engine
-from tests.server.doors.harness import adapter_files, parts, refusal, running, until
+from tests.server.doors import fake_engine, harness
+from tests.server.doors.harness import Told, adapter_files, parts, refusal, running, until
 from weft.proto.v1.adapters_pb2 import AdapterHeader, RegisterAdapterRequest
 from weft.proto.v1.common_pb2 import ADAPTER_STATE_ACTIVE
 from weft.server import validation
@@ -25,11 +26,8 @@ def chunk(data: bytes) -> RegisterAdapterRequest:
     return RegisterAdapterRequest(chunk=data)
 
 
-def refused(call) -> tuple:
-    with pytest.raises(grpc.RpcError) as failed:
-        call.result()
-    told = refusal(failed.value)
-    return told.code, told.reason, told.fields
+def refused(call) -> Told:
+    return harness.refused(call.result)
 
 
 def store(server):
@@ -157,15 +155,15 @@ def test_the_same_bytes_registered_and_deleted_at_once_under_many_names_survive(
 
 @pytest.mark.parametrize("name", ["", "..", ".", "a/b", "a\\b", "~", "-a", ".a", "a b", "é", "x" * 129, "a\n", "a,b"])
 def test_names_are_judged_before_anything_is_written(server, name):
-    before = len(server.commands())
+    before = len(server.commands("Prepare"))
     code, reason, fields = refused(server.upload(parts(name, FILES)))
     assert (code, reason, fields) == (INVALID, "ADAPTER_INVALID", ("name",))
     assert not list((store(server) / "staging").iterdir())
-    assert len(server.commands()) == before
+    assert len(server.commands("Prepare")) == before
 
 
 def header(**fields):
-    defaults = {"name": "x", "config": FILES[0], "weights_size": len(FILES[1])}
+    defaults: dict[str, Any] = {"name": "x", "config": FILES[0], "weights_size": len(FILES[1])}
     return RegisterAdapterRequest(header=AdapterHeader(**(defaults | fields)))
 
 

@@ -1,0 +1,73 @@
+"""Which implementation the cases run on, and memory that is poisoned before it is written.
+
+The same files run in three ways: on ``torch``; once more in a process of its own on ``triton`` under its
+interpreter (``test_interpreter``), because with TRITON_INTERPRET set nothing can be compiled; and on a GPU.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tests.kernels.examples import Loaded
+from weft.kernels import dispatch
+from weft.kernels.dispatch import Kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """An implementation and where its arenas lie. ``dtypes``: those that it computes rightly there."""
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+
+    def load(self, loaded: Loaded, working_set_bytes_max: int = 1 << 24) -> Kernels:
+        return dispatch.load(self.name, loaded.arena, loaded.geometry, working_set_bytes_max)
+
+
+ALL = (torch.float32, torch.bfloat16, torch.float16)
+# Triton's interpreter rounds fp32 to bf16 wrongly, so there bf16 is left to the GPU
+HERE = (
+    [Implementation("triton", "cpu", (torch.float32, torch.float16))]
+    if INTERPRETED
+    else [Implementation("torch", "cpu", ALL)]
+)
+GPU = [Implementation(name, "cuda", ALL) for name in ("torch", "triton")]
+
+
+@pytest.fixture(
+    params=[*HERE, *(pytest.param(i, marks=pytest.mark.gpu) for i in GPU)], ids=lambda i: f"{i.name}-{i.device}"
+)
+def implementation(request: pytest.FixtureRequest) -> Implementation:
+    found: Implementation = request.param
+    return found
+
+
+@pytest.fixture(params=ALL, ids=["fp32", "bf16", "fp16"])
+def dtype(request: pytest.FixtureRequest, implementation: Implementation) -> torch.dtype:
+    found: torch.dtype = request.param
+    if found not in implementation.dtypes:
+        pytest.skip("needs a GPU: the interpreter rounds to bf16 wrongly")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory reads as NaN, so arithmetic that forgets part of its output, or reads past a factor, is caught."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def fresh(*args: object, **options: object) -> torch.Tensor:
+            tensor = allocate(*args, **options)
+            if tensor.is_floating_point():
+                return tensor.fill_(torch.nan)
+            return tensor.fill_(255) if tensor.dtype == torch.uint8 else tensor
+
+        return fresh
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))

@@ -1,0 +1,124 @@
+"""What adapters add to a group's outputs, against the oracle in fp64."""
+
+import pytest
+import torch
+
+from tests.kernels.conftest import Implementation
+from tests.kernels.examples import (
+    GROUPS,
+    MIXES,
+    Kinds,
+    Loaded,
+    applied,
+    assert_no_worse_than_torch,
+    plain_torch,
+)
+from weft.kernels import reference
+from weft.kernels.batch import BatchError, Segment
+
+KINDS = {
+    "low-rank": Kinds(kron=False, vectors=False),
+    "kron": Kinds(low_rank=False, vectors=False),
+    "vectors": Kinds(low_rank=False, kron=False),
+    "everything": Kinds(),
+}
+
+
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("mix", MIXES)
+def test_outputs_match_the_oracle(
+    implementation: Implementation, dtype: torch.dtype, mix: str, kinds: str, group: int
+) -> None:
+    loaded = Loaded.random(dtype, 4, KINDS[kinds], seed=3, device=implementation.device)
+    segments = loaded.segments(MIXES[mix])
+    y, x = loaded.tensors(sum(length for length, _ in MIXES[mix]), group, dtype)
+    got = applied(implementation.load(loaded), segments, y, x, group)
+    want = reference.apply(y, x, segments, group, loaded.arena, loaded.geometry)
+    assert_no_worse_than_torch(got, plain_torch(y, x, segments, group, loaded), want)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_base_rows_keep_every_bit(implementation: Implementation, dtype: torch.dtype, mix: str) -> None:
+    loaded = Loaded.random(dtype, 4, Kinds(), device=implementation.device)
+    segments = loaded.segments(MIXES[mix])
+    y, x = loaded.tensors(sum(length for length, _ in MIXES[mix]), 0, dtype)
+    # a sum with zero would turn this into +0
+    y[:, 0] = -0.0
+    got = applied(implementation.load(loaded), segments, y, x, 0)
+    for segment in segments:
+        if segment.block is None:
+            rows = slice(segment.start, segment.stop)
+            width = torch.int32 if dtype == torch.float32 else torch.int16
+            assert torch.equal(got[rows].contiguous().view(width), y[rows].contiguous().view(width))
+
+
+def test_inputs_and_outputs_may_have_other_dtypes_than_the_factors(implementation: Implementation) -> None:
+    loaded = Loaded.random(torch.float16, 4, Kinds(), seed=1, device=implementation.device)
+    segments = loaded.segments(MIXES["prompts and answers"])
+    tokens = segments[-1].stop
+    for x_dtype, y_dtype in ((torch.float32, torch.float32), (torch.float16, torch.float32)):
+        y, x = loaded.tensors(tokens, 1, torch.float32)
+        x = x.to(x_dtype)
+        got = applied(implementation.load(loaded), segments, y.to(y_dtype), x, 1)
+        want = reference.apply(y, x, segments, 1, loaded.arena, loaded.geometry)
+        assert_no_worse_than_torch(got, plain_torch(y, x.half(), segments, 1, loaded).to(y_dtype), want)
+
+
+@pytest.mark.parametrize("site", range(6))
+def test_scaled_inputs_match_the_oracle(implementation: Implementation, dtype: torch.dtype, site: int) -> None:
+    loaded = Loaded.random(dtype, 4, Kinds(), device=implementation.device)
+    segments = loaded.segments(MIXES["prompts and answers"])
+    group = [0, 0, 0, 1, 1, 2][site]
+    _, x = loaded.tensors(segments[-1].stop, group, dtype)
+    kernels = implementation.load(loaded)
+    rows = kernels.rows(segments)
+    before = x.clone()
+    got = kernels.scale_input(x, rows, site)
+    want = reference.scale_input(x, segments, site, loaded.arena, loaded.geometry)
+    assert torch.equal(x, before)
+    assert torch.equal(got, want.to(dtype))
+    scaled = {row for start, stop in kernels.input_scaled(rows, site) for row in range(start, stop)}
+    assert scaled >= {row for row in range(len(x)) if not torch.equal(got[row], x[row])}
+
+
+def test_a_group_without_operators_is_not_touched(implementation: Implementation) -> None:
+    loaded = Loaded.random(torch.float32, 2, Kinds(), device=implementation.device)
+    only_second = {i: t for i, t in enumerate([None, None, None, None]) if t}
+    assert not only_second
+    kernels = implementation.load(loaded)
+    base = kernels.rows(loaded.segments([(2, None)]))
+    assert not any(kernels.touches(base, group) for group in range(len(GROUPS)))
+    rows = kernels.rows(loaded.segments([(2, None), (1, 0)]))
+    for group, members in enumerate(loaded.geometry.members):
+        words = loaded.blocks[0].directory.sites[members.start : members.stop, [1, 4, 5, 6]]
+        assert kernels.touches(rows, group) == bool(words.any())
+
+
+def test_rows_are_applied_many_times(implementation: Implementation) -> None:
+    loaded = Loaded.random(torch.float32, 4, Kinds(), device=implementation.device)
+    kernels = implementation.load(loaded)
+    segments = loaded.segments(MIXES["half base"])
+    rows = kernels.rows(segments)
+    for group in (0, 1, 2, 0, 1, 2):
+        y, x = loaded.tensors(segments[-1].stop, group, torch.float32)
+        got = y.clone()
+        kernels.apply(got, x, rows, group)
+        assert torch.equal(got, applied(implementation.load(loaded), segments, y, x, group))
+
+
+def test_shapes_are_checked(implementation: Implementation) -> None:
+    loaded = Loaded.random(torch.float32, 2, Kinds(), device=implementation.device)
+    kernels = implementation.load(loaded)
+    rows = kernels.rows(loaded.segments([(2, 0)]))
+    y, x = loaded.tensors(2, 0, torch.float32)
+    with pytest.raises(BatchError, match=r"^y: expected \[2, 74\], got \[2, 73\]$"):
+        kernels.apply(y[:, 1:], x, rows, 0)
+    with pytest.raises(BatchError, match=r"^x: expected \[2, 36\], got \[1, 36\]$"):
+        kernels.apply(y, x[:1], rows, 0)
+    with pytest.raises(BatchError, match=r"^x: expected fp32, bf16 or fp16, got torch.float64$"):
+        kernels.apply(y, x.double(), rows, 0)
+    with pytest.raises(BatchError, match=r"^x: expected columns side by side"):
+        kernels.apply(y, x.T.contiguous().T, rows, 0)
+    with pytest.raises(BatchError, match=r"^segments: expected one that starts at row 2, got 3..4$"):
+        kernels.rows([Segment(0, 2, None), Segment(3, 4, None)])
