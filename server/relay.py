@@ -259,6 +259,14 @@ class Relay:
         if self.info is not None:
             self._link.send(Forget(digest))
 
+    def check(self) -> None:
+        """Assert that what is counted is what is there."""
+        waiting = [ticket for ticket in self._tickets.values() if ticket.waiting]
+        assert len(waiting) == self._waiting_requests
+        assert sum(ticket.tokens_max for ticket in waiting) == self._waiting_tokens
+        adapters = (ticket.submit.adapter for ticket in self._tickets.values())
+        assert self._users == Counter(each for each in adapters if each is not None)
+
     def engine_ready(self, info: EngineInfo) -> None:
         """An engine serves from now on."""
         self.info = info

@@ -1,6 +1,7 @@
 """``InferenceService``: requests become tickets, tickets become messages."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from weft.server.registration import Registrar
 from weft.server.relay import Relay, Ticket
 from weft.server.text import Tokenizer
 from weft.server.threads import Threads
+
+logger = logging.getLogger(__name__)
 
 # longer texts are encoded in a thread: the event loop must not wait for them
 ENCODE_BYTES_MAX = 4096
@@ -136,6 +139,7 @@ class InferenceService:
                 seed=wish.sampling.seed,
             ),
         )
+        logger.debug("request %r is %s to the engine", wish.request_id, submit.id)
         ticket = self._relay.submit(submit)
         return Job(ticket, Completion(ticket, self._tokenizer, wish.stops, duration_s, expires_s), started)
 

@@ -18,6 +18,10 @@ from weft.server.engine.pages import PagePool
 from weft.server.engine.request import Request
 
 
+# loading takes milliseconds; an adapter that is not there after this waits for room that others keep taking
+ADAPTER_PATIENCE_S = 2.0
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """A request's part in a step: ``count`` tokens from position ``start``; ``samples`` when the last one is new."""
@@ -167,9 +171,15 @@ class Scheduler:
             request.lease = None
 
     def _admit(self) -> None:
-        """Oldest first. A request whose adapter is not there yet is overtaken; one that lacks pages is not."""
+        """Oldest first. A request that lacks pages is not overtaken; one that lacks its adapter is, for a while.
+
+        Then nobody behind it is admitted, so that leases end and a large adapter finds room among small ones.
+        """
+        now = self._clock()
         for request in tuple(self._waiting.values()):
             if not self._hold_adapter(request):
+                if request.submit.id in self._waiting and now - request.submitted_s > ADAPTER_PATIENCE_S:
+                    return
                 continue
             if len(self._running) >= self._batch_requests_max:
                 return
@@ -180,7 +190,6 @@ class Scheduler:
             request.slots = self._slots(pages)
             del self._waiting[request.submit.id]
             self._running[request.submit.id] = request
-            now = self._clock()
             wait_s = (request.lease_s or now) - request.submitted_s if request.submit.adapter else 0.0
             self._events.append(Scheduled(request.submit.id, now - request.submitted_s, wait_s))
 

@@ -114,6 +114,11 @@ def info(config: EngineConfig) -> EngineInfo:
     )
 
 
+def report() -> AdapterReport:
+    """What every adapter compiles to."""
+    return AdapterReport("LORA", "peft", 512, (SiteSummary(SITE, ("low_rank r=2",), 2, 256),), ("a note",))
+
+
 class FakeEngine:
     """Requests in, events out."""
 
@@ -155,8 +160,7 @@ class FakeEngine:
                 os._exit(9)
             case 670:
                 return [Refused(digest, Failure.BUG, "secret detail of the engine")]
-        site = SiteSummary(SITE, ("low_rank r=2",), 2, 256)
-        return [Prepared(digest, AdapterReport("LORA", "peft", 512, (site,), ("a note",)))]
+        return [Prepared(digest, report())]
 
     def step(self) -> list[Event]:
         """One more token for everybody."""

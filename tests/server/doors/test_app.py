@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -255,6 +256,32 @@ def test_the_engine_dies_with_a_killed_front(tmp_path):
         engine = server.engine()
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL
         until(lambda: not os.path.exists(f"/proc/{engine}"))
+
+
+def cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_server_out_of_file_descriptors_serves_who_is_connected_and_recovers(tmp_path):
+    with serving(tmp_path) as server, server.connect() as channel:
+        pid = server.process.pid
+        assert list(stream(channel, ids=[5], max_new_tokens=1))
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(os.listdir(f"/proc/{pid}/fd")) + 2, limits[1]))
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        others = [grpc.insecure_channel(server.ready()[1], options=own) for _ in range(10)]
+        ready = [grpc.channel_ready_future(each) for each in others]
+        before = cpu_s(pid)
+        threading.Event().wait(1)
+        # it does not try again and again
+        assert cpu_s(pid) - before < 0.5
+        assert list(stream(channel, ids=[5], max_new_tokens=1))[-1].HasField("finished")
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        for each in ready:
+            each.result(20)
+        for each in others:
+            each.close()
 
 
 @pytest.mark.parametrize(

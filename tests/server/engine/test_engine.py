@@ -70,6 +70,8 @@ def test_a_row_is_bit_equal_whatever_adapters_its_neighbours_carry(tmp_path, fol
         [digests[0], digests[2], digests[2], digests[1]],
         [digests[0], None, digests[0], None],
     ]
+    for digest in digests:
+        ask(engine, (digest, PROMPT), new=1)  # loaded, so that every batch below is one step
     rows = []
     for others in company:
         logits_seen.clear()

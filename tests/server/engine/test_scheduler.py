@@ -21,7 +21,7 @@ from weft.server.engine.messages import (
 )
 from weft.server.engine.pages import PagePool
 from weft.server.engine.request import Request
-from weft.server.engine.scheduler import Scheduler
+from weft.server.engine.scheduler import ADAPTER_PATIENCE_S, Scheduler
 
 
 @dataclass
@@ -44,10 +44,10 @@ class FakeResidency:
         self.held.remove(lease.digest)
 
 
-def make(pages=64, tokens=16, requests=8, there=("a", "b")):
+def make(pages=64, tokens=16, requests=8, there=("a", "b"), now=1.0):
     residency = FakeResidency(set(there))
     pool = PagePool(pages, 4)
-    return Scheduler(pool, residency, tokens, requests, clock=lambda: 1.0), residency, pool
+    return Scheduler(pool, residency, tokens, requests, clock=lambda: now), residency, pool
 
 
 def submit(scheduler, id, prompt=3, new=2, adapter=None, stop=()):
@@ -108,6 +108,15 @@ def test_a_request_that_waits_for_its_adapter_is_overtaken():
     assert [i.request.submit.id for i in run_step(scheduler)[0].items] == ["fast"]
     residency.there.add("late")
     assert "slow" in [i.request.submit.id for i in run_step(scheduler)[0].items]
+
+
+def test_a_request_that_has_waited_long_for_its_adapter_is_not_overtaken_any_more():
+    scheduler, residency, _ = make(there=["a"], now=1.0 + ADAPTER_PATIENCE_S)
+    submit(scheduler, "large", adapter="late")
+    submit(scheduler, "small", adapter="a")
+    assert not run_step(scheduler)[0].items
+    residency.there.add("late")
+    assert [i.request.submit.id for i in run_step(scheduler)[0].items] == ["small", "large"]
 
 
 def test_a_request_that_waits_for_pages_is_not_overtaken():
