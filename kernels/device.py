@@ -1,4 +1,6 @@
-"""The interface in Triton: at most three launches per group of sites, whatever mix of adapters a batch holds.
+"""The interface in Triton: two launches per group of sites whatever mix of adapters, three with Kronecker terms.
+
+Long segments have launches of their own, with larger tiles, where a batch holds both kinds.
 
 The arena is handed to the kernels three times, as factors, as fp32 vectors and as int32 directories. A batch is one
 packed int32 tensor of tiles, copied to the device once; nothing is read back.
@@ -21,44 +23,61 @@ from weft.kernels.scale import scale_input_kernel
 from weft.kernels.tiles import LARGE, SMALL, Tiles, tiles_for
 
 
-class TritonRows(Rows):
-    """Rows as tiles, int32 [tiles, 4] on the device, each a run of rows of one block.
+Tile = tuple[int, int, int, int]
 
-    tiles:      ``small``: neighbouring short segments of one block share tiles of SMALL rows;
-                ``large``: a segment of at least LARGE rows has tiles of that many;
-                so which of the two a segment takes depends on its own length only
-    apart:      tiles of SMALL rows that no two segments share: some sums run over the rows of a tile
-    hidden:     rows with an adapter
+
+class Walk:
+    """Segments of one class as tiles: int32 [tiles, 4] each, a run of rows of one block (``lowrank``).
+
+    merged:  neighbouring segments of one block share tiles
+    apart:   tiles of SMALL rows that no two segments share: some sums run over the rows of a tile
+    rows:    in all segments together
+    """
+
+    def __init__(self, height: int) -> None:
+        self.rows = 0
+        self._height = height
+        self._runs: list[Tile] = []
+        self._apart: list[Tile] = []
+        self.merged = self.apart = torch.empty(0, 4, dtype=torch.int32)
+
+    def add(self, segment: Segment) -> None:
+        """Append a segment, before the tiles are ``placed``."""
+        assert segment.block is not None
+        tile = (segment.block.offset // ALIGN, segment.start, segment.stop, self.rows)
+        self._apart += _cut(tile, SMALL)
+        last = self._runs[-1] if self._runs else None
+        if last and last[0] == tile[0] and last[2] == segment.start and self._height == SMALL:
+            self._runs[-1] = (last[0], last[1], segment.stop, last[3])
+        else:
+            self._runs.append(tile)
+        self.rows += segment.stop - segment.start
+
+    def tiles(self) -> tuple[list[Tile], list[Tile]]:
+        """(merged, apart) on the host."""
+        return [tile for run in self._runs for tile in _cut(run, self._height)], self._apart
+
+
+def _cut(run: Tile, height: int) -> list[Tile]:
+    block, start, stop, hidden = run
+    return [(block, at, min(at + height, stop), hidden + at - start) for at in range(start, stop, height)]
+
+
+class TritonRows(Rows):
+    """Rows as tiles, and what the launches of each group have to cover.
+
+    walks:      ``large``: segments of at least LARGE rows;  ``small``: all others. So which of the two a segment
+                is in depends on its own length only
     ranks_max:  per group, the largest sum of ranks
     expands:    per group, whether a site is finished by ``expand``;  ``mixes``: by ``kron``
     """
 
     def __init__(self, geometry: Geometry, segments: Sequence[Segment], device: torch.device) -> None:
         super().__init__(geometry, segments)
-        small: list[Tile] = []
-        large: list[Tile] = []
-        apart: list[Tile] = []
-        runs: list[Tile] = []
-        self.hidden = 0
+        self.walks = {"small": Walk(SMALL), "large": Walk(LARGE)}
         for segment in self.segments:
-            assert segment.block is not None
-            tile = (segment.block.offset // ALIGN, segment.start, segment.stop, self.hidden)
-            apart += _cut(tile, SMALL)
-            if segment.stop - segment.start >= LARGE:
-                large += _cut(tile, LARGE)
-            elif runs and runs[-1][0] == tile[0] and runs[-1][2] == segment.start:
-                runs[-1] = (tile[0], runs[-1][1], segment.stop, runs[-1][3])
-            else:
-                runs.append(tile)
-            self.hidden += segment.stop - segment.start
-        for run in runs:
-            small += _cut(run, SMALL)
-        packed = torch.tensor([*small, *large, *apart], dtype=torch.int32).view(-1, 4)
-        if device.type == "cuda":
-            packed = packed.pin_memory().to(device, non_blocking=True)
-        short, all_tiled = len(small), len(small) + len(large)
-        self.tiles = {"small": packed[:short], "large": packed[short:all_tiled]}
-        self.apart = packed[all_tiled:]
+            self.walks["large" if segment.stop - segment.start >= LARGE else "small"].add(segment)
+        self._copy(device)
         starts = [members.start for members in geometry.members]
         self.ranks_max: npt.NDArray[np.int64] = np.zeros(len(starts), dtype=np.int64)
         self.expands: npt.NDArray[np.bool_] = np.zeros(len(starts), dtype=bool)
@@ -70,6 +89,17 @@ class TritonRows(Rows):
             self.expands |= np.logical_or.reduceat(plain & ~mixes, starts)
             self.mixes |= np.logical_or.reduceat(mixes, starts)
 
+    def _copy(self, device: torch.device) -> None:
+        """All tiles to the device in one piece."""
+        parts = [tiles for walk in self.walks.values() for tiles in walk.tiles()]
+        packed = torch.tensor([tile for part in parts for tile in part], dtype=torch.int32).view(-1, 4)
+        if device.type == "cuda":
+            packed = packed.pin_memory().to(device, non_blocking=True)
+        stops = np.cumsum([len(part) for part in parts]).tolist()
+        views = [packed[stop - len(part) : stop] for part, stop in zip(parts, stops, strict=True)]
+        for walk, merged, apart in zip(self.walks.values(), views[::2], views[1::2], strict=True):
+            walk.merged, walk.apart = merged, apart
+
     def krons(self, members: range, height: int, width: int) -> tuple[int, bool]:
         """(the most [height, width] tiles that Y takes at any of these sites, whether all sizes divide by 8)."""
         terms = {
@@ -80,14 +110,6 @@ class TritonRows(Rows):
         }
         most = max(triton.cdiv(o1, height) * triton.cdiv(o2, width) for o1, _, o2, _ in terms)
         return most, all(size % 8 == 0 for term in terms for size in term)
-
-
-Tile = tuple[int, int, int, int]
-
-
-def _cut(run: Tile, height: int) -> list[Tile]:
-    block, start, stop, hidden = run
-    return [(block, at, min(at + height, stop), hidden + at - start) for at in range(start, stop, height)]
 
 
 class TritonKernels(Kernels):
@@ -118,66 +140,69 @@ class TritonKernels(Kernels):
         if not rows.touched[group]:
             return
         upcast = self._upcast or x.dtype != self.geometry.dtype
-        # without ranks nothing reads it
-        hidden = self._vectors.view(1, 1, -1)
-        if rows.ranks_max[group]:
-            hidden = self._shrink(x, rows, group, upcast)
-        if rows.expands[group]:
-            self._expand(y, hidden, rows, group, upcast)
-        if rows.mixes[group]:
-            self._mix(y, x, hidden, rows, group, upcast)
+        for height, walk in rows.walks.items():
+            if not walk.rows:
+                continue
+            # without ranks nothing reads it
+            hidden = self._vectors.view(1, 1, -1)
+            if rows.ranks_max[group]:
+                hidden = self._shrink(x, rows, group, height, upcast)
+            if rows.expands[group]:
+                self._expand(y, hidden, walk, group, height, upcast)
+            if rows.mixes[group]:
+                self._mix(y, x, hidden, rows, group, height, upcast)
 
     def scale_input(self, x: Tensor, rows: Rows, site: int) -> Tensor:
         assert isinstance(rows, TritonRows)
         scaled = x.clone(memory_format=torch.contiguous_format)
         options, wide = self._tiles[False].scale, x.shape[1]
         if rows.input_scaled(site):
-            grid = (len(rows.apart), triton.cdiv(wide, options["BN"]))
-            scale_input_kernel[grid](
-                scaled, self._vectors, self._words, rows.apart, site, scaled.stride(0), FEATURES=wide, **options
-            )
+            for walk in rows.walks.values():
+                if walk.rows:
+                    scale_input_kernel[(len(walk.apart), triton.cdiv(wide, options["BN"]))](
+                        scaled, self._vectors, self._words, walk.apart, site, scaled.stride(0), FEATURES=wide, **options
+                    )
         return scaled
 
-    def _shrink(self, x: Tensor, rows: TritonRows, group: int, upcast: bool) -> Tensor:
-        """h, fp32 [planes, rows with an adapter, largest sum of ranks]; only what a row's own ranks take is written."""
+    def _shrink(self, x: Tensor, rows: TritonRows, group: int, height: str, upcast: bool) -> Tensor:
+        """h, fp32 [planes, rows of the walk, largest sum of ranks]; what a row's own ranks do not take is not written."""
         members, wide, ranks = self.geometry.members[group], x.shape[1], int(rows.ranks_max[group])
-        span, planes = self._tiles[upcast].split(wide)
-        hidden = torch.empty(planes, rows.hidden, ranks, dtype=torch.float32, device=x.device)
-        for height, options in self._tiles[upcast].shrink.items():
-            tiles = rows.tiles[height]
-            if len(tiles):
-                shrink_kernel[(len(tiles), triton.cdiv(ranks, options["BN"]), planes)](
-                    x, self._factors, self._words, tiles, hidden,
-                    members.start, x.stride(0), hidden.stride(0), hidden.stride(1),
-                    FEATURES=wide, SPAN=span, SITES=len(members), SITES_CEIL=triton.next_power_of_2(len(members)),
-                    ITEM=self._factors.itemsize, UPCAST=upcast, **options,
-                )  # fmt: skip
+        walk, options = rows.walks[height], self._tiles[upcast].shrink[height]
+        span, parts = self._tiles[upcast].split(wide)
+        planes, fold = (1, parts) if height == "large" else (parts, 1)
+        hidden = torch.empty(planes, walk.rows, ranks, dtype=torch.float32, device=x.device)
+        shrink_kernel[(len(walk.merged), triton.cdiv(ranks, options["BN"]), planes)](
+            x, self._factors, self._words, walk.merged, hidden,
+            members.start, x.stride(0), hidden.stride(0), hidden.stride(1),
+            FEATURES=wide, SPAN=span, FOLD=fold, SITES=len(members),
+            SITES_CEIL=triton.next_power_of_2(len(members)),
+            ITEM=self._factors.itemsize, UPCAST=upcast, **options,
+        )  # fmt: skip
         return hidden
 
-    def _expand(self, y: Tensor, hidden: Tensor, rows: TritonRows, group: int, upcast: bool) -> None:
-        members = self.geometry.members[group]
-        talls = self._talls(group)
-        for height, options in self._tiles[upcast].expand.items():
-            tiles, parts = rows.tiles[height], self._parts_of(talls, options["BN"])
-            if len(tiles):
-                expand_kernel[(len(tiles), len(parts))](
-                    y, hidden, self._factors, self._vectors, self._words, tiles, parts,
-                    members.start, y.stride(0), hidden.stride(0), hidden.stride(1),
-                    SPLITS=len(hidden), SITES=len(members), SITES_CEIL=triton.next_power_of_2(len(members)),
-                    EVEN=all(tall % 16 == 0 for tall in talls),
-                    ITEM=self._factors.itemsize, UPCAST=upcast, **options,
-                )  # fmt: skip
+    def _expand(self, y: Tensor, hidden: Tensor, walk: Walk, group: int, height: str, upcast: bool) -> None:
+        members, talls = self.geometry.members[group], self._talls(group)
+        options = self._tiles[upcast].expand[height]
+        parts = self._parts_of(talls, options["BN"])
+        expand_kernel[(len(walk.merged), len(parts))](
+            y, hidden, self._factors, self._vectors, self._words, walk.merged, parts,
+            members.start, y.stride(0), hidden.stride(0), hidden.stride(1),
+            SPLITS=len(hidden), SITES=len(members), SITES_CEIL=triton.next_power_of_2(len(members)),
+            EVEN=all(tall % 16 == 0 for tall in talls),
+            ITEM=self._factors.itemsize, UPCAST=upcast, **options,
+        )  # fmt: skip
 
-    def _mix(self, y: Tensor, x: Tensor, hidden: Tensor, rows: TritonRows, group: int, upcast: bool) -> None:
-        members, options = self.geometry.members[group], self._tiles[upcast].kron
+    def _mix(
+        self, y: Tensor, x: Tensor, hidden: Tensor, rows: TritonRows, group: int, height: str, upcast: bool
+    ) -> None:
+        members, options, walk = self.geometry.members[group], self._tiles[upcast].kron, rows.walks[height]
         talls = self._talls(group)
         if talls not in self._columns:
             firsts = [0, *np.cumsum(talls).tolist()][:-1]
             self._columns[talls] = torch.tensor(firsts, dtype=torch.int32, device=y.device)
-        tallest, even = rows.krons(members, options["BM"], options["BN"])
-        grid = (len(rows.apart), len(members), tallest)
-        kron_kernel[grid](
-            y, x, hidden, self._factors, self._vectors, self._words, rows.apart, self._columns[talls],
+        most, even = rows.krons(members, options["BM"], options["BN"])
+        kron_kernel[(len(walk.apart), len(members), most)](
+            y, x, hidden, self._factors, self._vectors, self._words, walk.apart, self._columns[talls],
             members.start, y.stride(0), x.stride(0), hidden.stride(0), hidden.stride(1),
             SPLITS=len(hidden), SITES_CEIL=triton.next_power_of_2(len(members)), EVEN=even,
             ITEM=self._factors.itemsize, UPCAST=upcast, **options,

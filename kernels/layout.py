@@ -8,7 +8,8 @@ because the header is there.
     directory    int32 [sites, SITE_WORDS]
     kron tables  int32 [terms, KRON_WORDS] per site that has terms, each table at a whole UNIT
     vectors      fp32, each at a whole UNIT: per site sigma, beta, sigma_in
-    factors      in the geometry's dtype, per group: A of every site, B of every site, krons of every site
+    factors      from a multiple of ALIGN on, in the geometry's dtype, per group: A of every site, B of every site,
+                 krons of every site
 
 Ranks are exact. Rows of a factor begin at whole UNITs (a row of 100 bf16 numbers takes 104), so every row can
 be read with aligned vector loads, and the A of a group are together one [sum of ranks, in_features] matrix.
@@ -253,6 +254,8 @@ class _Plan:
         sites = self.head[HEADER_WORDS:last_word].reshape(-1, SITE_WORDS)
         for site in sorted(terms):
             self._place_vectors(sites[site], terms[site])
+        # rows of most factors are whole cache lines; begin them at one
+        self._units = round_up(self._units, ALIGN // UNIT)
         for members in geometry.members:
             present = [site for site in members if site in terms]
             self._place_low_rank(sites, terms, present, geometry.dtype)

@@ -6,8 +6,9 @@ Two launches whatever the mix of adapters and ranks:
     expand   y[row, n]        = round(sigma[n] * y[row, n] + sum over r of h[row, r] * B[r, n] + beta[n])
 
 A *tile* is a run of at most BM rows of one block. Programs find the operators in the block's directory; nothing is
-passed per adapter. Planes of h are fp32, each written by one program and summed in order, so nothing is zeroed
-beforehand and no sum depends on what else runs. In expand h meets B as the sum of two numbers of B's dtype, which
+passed per adapter. The sum over k is made in parts that depend on its length only. Few rows have a program, and a
+plane of h, for every part; where rows are many, one program makes FOLD parts and adds them up. Planes are fp32,
+each written once and added in order: nothing is zeroed beforehand and no sum depends on what else runs. In expand h meets B as the sum of two numbers of B's dtype, which
 keeps it at fp32's precision for the price of a second product that memory hides.
 
     tiles   int32 [tiles, 4]     block's first byte / ALIGN, first row, row behind, first row in h
@@ -73,7 +74,7 @@ def hidden_tile(h_ptr, rows, live, columns, rank, stride_hs, stride_ht, SPLITS: 
 def shrink_kernel(
     x_ptr, factors_ptr, words_ptr, tiles_ptr, h_ptr,
     site, stride_xt, stride_hs, stride_ht,
-    FEATURES: tl.constexpr, SPAN: tl.constexpr, SITES: tl.constexpr, SITES_CEIL: tl.constexpr,
+    FEATURES: tl.constexpr, SPAN: tl.constexpr, FOLD: tl.constexpr, SITES: tl.constexpr, SITES_CEIL: tl.constexpr,
     ITEM: tl.constexpr, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     tile = tiles_ptr + tl.program_id(0) * 4
@@ -96,16 +97,19 @@ def shrink_kernel(
     live = m < stop - row
     x_rows = x_ptr + (row + m).to(tl.int64)[:, None] * stride_xt
     a_rows = a_ptr + n.to(tl.int64)[None, :] * STRIDE
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for start in range(0, SPAN, BK):
-        k = split * SPAN + start + tl.arange(0, BK)
-        # [BM, BK]
-        x = tl.load(x_rows + k[None, :], mask=live[:, None] & (k[None, :] < FEATURES), other=0.0)
-        # [BK, BN]
-        a = tl.load(a_rows + k[:, None], mask=(n[None, :] < rank) & (k[:, None] < FEATURES), other=0.0)
-        acc = plain_dot(x, a, acc, UPCAST)
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for part in range(FOLD):
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        for start in range(0, SPAN, BK):
+            k = (split * FOLD + part) * SPAN + start + tl.arange(0, BK)
+            # [BM, BK]
+            x = tl.load(x_rows + k[None, :], mask=live[:, None] & (k[None, :] < FEATURES), other=0.0)
+            # [BK, BN]
+            a = tl.load(a_rows + k[:, None], mask=(n[None, :] < rank) & (k[:, None] < FEATURES), other=0.0)
+            acc = plain_dot(x, a, acc, UPCAST)
+        total += acc
     place = h_ptr + split * stride_hs + (h_row + m).to(tl.int64)[:, None] * stride_ht + n[None, :]
-    tl.store(place, acc, mask=live[:, None] & (n[None, :] < rank))
+    tl.store(place, total, mask=live[:, None] & (n[None, :] < rank))
 
 
 @triton.jit

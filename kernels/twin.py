@@ -58,6 +58,10 @@ class TorchKernels(Kernels):
     def forget(self, key: int) -> None:
         self._set.forget(key)
 
+    def check(self) -> None:
+        """The working set is in order."""
+        self._set.check()
+
     def rows(self, segments: Sequence[Segment]) -> TorchRows:
         rows = TorchRows(self.geometry, segments)
         self._settle(rows)

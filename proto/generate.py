@@ -18,9 +18,7 @@ VERSION = "v1"
 
 
 def generator() -> Path:
-    """Return the Python of an environment that has exactly the pinned generator, building it when it is
-    missing.
-    """
+    """Return the Python of an environment that has exactly the pinned generator, building it when it is missing."""
     python = ENVIRONMENT / "bin" / "python"
     stamp = ENVIRONMENT / "generator.txt"
     if not stamp.is_file() or stamp.read_text() != GENERATOR:

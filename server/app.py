@@ -26,8 +26,7 @@ STOPPED_BY_FORCE = 1
 
 
 def serve(config: ServerConfig, target: str = ENGINE) -> int:
-    """Serve until a signal and return the exit code: 0 drained, 1 forced, 70 engine lost for good, 78 cannot
-    start.
+    """Serve until a signal and return the exit code: 0 drained, 1 forced, 70 engine lost for good, 78 cannot start.
 
     target:  the engine process's first function, ``module:function``
     """

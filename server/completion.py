@@ -1,6 +1,4 @@
-"""One completion between the engine and its reader: tokens become text, stop strings end it, deltas are
-merged.
-"""
+"""One completion between the engine and its reader: tokens become text, stop strings end it, deltas are merged."""
 
 import asyncio
 from collections import deque
@@ -67,9 +65,7 @@ class Completion:
             await asyncio.wait([self._task])
 
     async def take(self) -> Piece:
-        """Wait for news and return it merged, up to a message's worth; raises what ended the request at the
-        end.
-        """
+        """Wait for news and return it merged, up to a message's worth; raises what ended the request at the end."""
         await self._changed.wait()
         entries = [self._pending.popleft() for _ in range(min(len(self._pending), PIECE_TOKENS_MAX))]
         tokens = tuple(token for token, _ in entries if token is not None)

@@ -1,5 +1,4 @@
-"""What the operator may choose: one frozen dataclass, from which the command line is made. Imports nothing
-heavy.
+"""What the operator may choose: one frozen dataclass, from which the command line is made. Imports nothing heavy.
 
 Units stand last in the names; anything derived from these values lives with whoever derives it.
 """
@@ -14,9 +13,7 @@ from weft.server.engine.config import EngineConfig
 
 
 class ConfigError(Exception):
-    """The server cannot start with these options; the message says which one, what was expected and what was
-    got.
-    """
+    """The server cannot start with these options; the message says which one, what was expected and what was got."""
 
 
 def _option(default: Any, text: str) -> Any:

@@ -1,5 +1,4 @@
-"""Everything that can go wrong on the way through the server, and the one table that says what the caller is
-told.
+"""Everything that can go wrong on the way through the server, and the one table that says what the caller is told.
 
 ServerError
 ├── InvalidRequest          a field of the request is unacceptable          INVALID_ARGUMENT
@@ -24,9 +23,9 @@ ServerError
 │   └── Draining            this server is about to stop
 └── EngineBug               the engine failed in a way that it should not   INTERNAL
 
-AdapterError and its children, raised by the store, are in the table too. The errors know nothing of gRPC; the
-table is the only place where both meet. Anything that is not in the table is a bug: the caller gets INTERNAL
-and an incident id, the log gets the trace.
+AdapterError and its children, raised by the store, are in the table too. The errors know nothing of gRPC; the table is
+the only place where both meet. Anything that is not in the table is a bug: the caller gets INTERNAL and an incident id,
+the log gets the trace.
 """
 
 from collections.abc import Mapping
@@ -38,9 +37,7 @@ from weft.adapters_store import errors as store
 
 
 class ServerError(Exception):
-    """An error that the caller is told about; ``field`` is the path of the request field at fault, or
-    empty.
-    """
+    """An error that the caller is told about; ``field`` is the path of the request field at fault, or empty."""
 
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
@@ -134,9 +131,7 @@ class EngineBug(ServerError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the caller is told: the status, the machine-readable reason, and when another attempt makes
-    sense.
-    """
+    """What the caller is told: the status, the machine-readable reason, and when another attempt makes sense."""
 
     code: StatusCode
     reason: str

@@ -67,9 +67,7 @@ def backbone_folder(model: str) -> Path:
 
 
 class Frontend:
-    """Everything in the front process. ``stopped`` is set with the reason when the engine cannot be kept
-    up.
-    """
+    """Everything in the front process. ``stopped`` is set with the reason when the engine cannot be kept up."""
 
     def __init__(self, config: ServerConfig, target: str = ENGINE) -> None:
         self.health = Health(dict.fromkeys(READINESS, False) | {LIVENESS: True})
@@ -103,9 +101,7 @@ class Frontend:
         self._report()
 
     def engine_lost(self) -> None:
-        """The engine died; what was in flight is told, and nothing is sent here until the next one is
-        ready.
-        """
+        """The engine died; what was in flight is told, and nothing is sent here until the next one is ready."""
         self.relay.engine_lost()
         self._report()
 

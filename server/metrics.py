@@ -59,9 +59,7 @@ IMPLEMENTATIONS = ("torch", "triton")
 
 
 class Metrics:
-    """All instruments of one server in a registry of their own. Methods say what happened, not what to
-    count.
-    """
+    """All instruments of one server in a registry of their own. Methods say what happened, not what to count."""
 
     def __init__(self, methods: Sequence[str]) -> None:
         self.registry = CollectorRegistry(auto_describe=True)

@@ -1,8 +1,7 @@
-"""Registers, resolves and removes adapters: the order of steps that leaves a name whole or absent, whatever
-happens.
+"""Registers, resolves and removes adapters: the order of steps that leaves a name whole or absent, whatever happens.
 
-An upload goes to the store's staging, is judged by its structure here, compiled by the engine, and only then
-named. Knows neither gRPC nor messages; works for uploads and for folders given on the command line.
+An upload goes to the store's staging, is judged by its structure here, compiled by the engine, and only then named.
+Knows neither gRPC nor messages; works for uploads and for folders given on the command line.
 """
 
 import asyncio
@@ -85,9 +84,7 @@ class Registrar:
         return {"active": active, "incompatible": len(entries) - active}
 
     def get(self, name: str) -> Entry:
-        """The entry of a name; raises AdapterInvalid for what cannot be a name, AdapterNotFound for no
-        entry.
-        """
+        """The entry of a name; raises AdapterInvalid for what cannot be a name, AdapterNotFound for no entry."""
         return self._catalog.get(check_name(name))
 
     def page(self, after: str, limit: int, method: str) -> tuple[Entry, ...]:
@@ -160,17 +157,13 @@ class Registrar:
         self._review = self._background(self._review_all(info))
 
     async def close(self) -> None:
-        """End what goes on in the background; a version that nobody names goes when the store is opened
-        next.
-        """
+        """End what goes on in the background; a version that nobody names goes when the store is opened next."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _receive(self, arrival: Arrival, upload: Upload) -> str:
-        """Write what arrives to the staging, check it against what was announced, and return the version's
-        digest.
-        """
+        """Write what arrives to the staging, check it against what was announced, and return the version's digest."""
         await self._threads.run(upload.write_config, arrival.config)
         async with aclosing(arrival.weights) as chunks:
             async for chunk in chunks:

@@ -1,9 +1,8 @@
-"""Between the doors and the engine: the queue's bounds, who waits for which event, and which versions are in
-use.
+"""Between the doors and the engine: the queue's bounds, who waits for which event, and which versions are in use.
 
-Lives on the event loop's thread and knows neither gRPC nor processes. The engine is reached through
-``EngineLink``; what comes back arrives through ``deliver``. The engine never waits for a reader: every
-request has one mailbox that merges what was not taken yet.
+Lives on the event loop's thread and knows neither gRPC nor processes. The engine is reached through ``EngineLink``;
+what comes back arrives through ``deliver``. The engine never waits for a reader: every request has one mailbox that
+merges what was not taken yet.
 """
 
 import asyncio
@@ -86,9 +85,7 @@ def raised(failure: Failure, message: str, field: str = "") -> Exception:
 
 
 class Ticket:
-    """One request in flight. A context manager: leaving it before the end aborts the request in the
-    engine.
-    """
+    """One request in flight. A context manager: leaving it before the end aborts the request in the engine."""
 
     def __init__(self, relay: "Relay", submit: Submit) -> None:
         self.submit = submit
@@ -108,9 +105,7 @@ class Ticket:
         return len(self.submit.prompt) + self.submit.max_new_tokens
 
     async def take(self) -> Progress:
-        """Wait for news and return all of it; raises the error that ended the request, after its last
-        tokens.
-        """
+        """Wait for news and return all of it; raises the error that ended the request, after its last tokens."""
         await self._changed.wait()
         if self._error is not None and not self._tokens:
             raise self._error

@@ -45,9 +45,7 @@ class Listener(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestartPolicy:
-    """When to start again and when to give up. A death within ``quick_s`` of being ready counts as a
-    failure.
-    """
+    """When to start again and when to give up. A death within ``quick_s`` of being ready counts as a failure."""
 
     failures_max: int = 5
     quick_s: float = 60.0
@@ -179,9 +177,7 @@ class Supervisor:
             self._engine.send(command)
 
     async def start(self) -> None:
-        """Bring the first engine to serve; raises EngineFailed, because trying the same again helps
-        nobody.
-        """
+        """Bring the first engine to serve; raises EngineFailed, because trying the same again helps nobody."""
         engine = self._spawn()
         try:
             await asyncio.shield(engine.ready)

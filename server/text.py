@@ -52,9 +52,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer | None":
-        """Read ``tokenizer.json``, and the chat template where there is one; None when there is no
-        tokenizer.
-        """
+        """Read ``tokenizer.json``, and the chat template where there is one; None when there is no tokenizer."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             return None
@@ -62,9 +60,7 @@ class Tokenizer:
         return cls(backend, ChatTemplate.load(folder))
 
     def characters_max(self, tokens: int) -> int:
-        """More characters than this cannot be so few tokens: no token stands for more than the longest one
-        does.
-        """
+        """More characters than this cannot be so few tokens: no token stands for more than the longest one does."""
         return tokens * self._longest_characters
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -99,9 +95,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTemplate | None":
-        """Read the template from ``chat_template.jinja`` or ``tokenizer_config.json``; None when neither has
-        one.
-        """
+        """Read the template from ``chat_template.jinja`` or ``tokenizer_config.json``; None when neither has one."""
         settings: dict[str, object] = {}
         path = folder / "tokenizer_config.json"
         if path.is_file():
@@ -127,9 +121,7 @@ class ChatTemplate:
 
 
 class GenerationTag(Extension):
-    """``{% generation %}``, which marks what a model learns from in training; serving just renders what is
-    inside.
-    """
+    """``{% generation %}``, which marks what a model learns from in training; serving just renders what is inside."""
 
     tags = {"generation"}  # noqa: RUF012  (declared by the base class)
 
@@ -170,8 +162,7 @@ def _strftime_now(pattern: str) -> str:
 
 
 class Detokenizer:
-    """Turns tokens into text as they come. For text that is valid UTF-8 the pieces joined are the text of all
-    tokens decoded at once.
+    """Turns tokens into text as they come; of valid UTF-8, joined, the same text as all tokens decoded at once.
 
     A token alone does not say what it decodes to: it may hold part of a character, and decoders treat the
     first token of a text differently. So a window that starts at the tokens given out last is decoded with
@@ -220,9 +211,7 @@ class StopStrings:
         self._held = ""
 
     def feed(self, text: str) -> tuple[str, bool]:
-        """Add text; return what can be shown, and whether a stop string was completed (then nothing
-        follows).
-        """
+        """Add text; return what can be shown, and whether a stop string was completed (then nothing follows)."""
         text = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:

@@ -16,9 +16,7 @@ class Threads:
         self._executor = ThreadPoolExecutor(count, thread_name_prefix=f"weft-{name}")
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
-        """Call ``function`` in a thread. A cancelled caller still waits for it: what it uses may be freed
-        next.
-        """
+        """Call ``function`` in a thread. A cancelled caller still waits for it: what it uses may be freed next."""
         work = asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
         try:
             return await asyncio.shield(work)

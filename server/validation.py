@@ -38,9 +38,7 @@ class Wish:
 
 
 def read_wish(request: inference_pb2.GenerateRequest, info: EngineInfo, tokenizer: Tokenizer | None) -> Wish:
-    """Check every field of a request but its prompt and token count; unset ones take the backbone's
-    defaults.
-    """
+    """Check every field of a request but its prompt and token count; unset ones take the backbone's defaults."""
     return Wish(
         request_id=_request_id(request.request_id),
         sampling=_sampling(request.sampling, info.default_sampling),

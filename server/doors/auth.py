@@ -30,9 +30,7 @@ class Bearer:
             raise ConfigError(f"token_file must be a readable text file, got {error}") from None
 
     def check(self, metadata: Sequence[tuple[str, str | bytes]]) -> None:
-        """Raise Unauthenticated unless exactly one ``authorization: Bearer <token>`` with the right token was
-        sent.
-        """
+        """Raise Unauthenticated unless exactly one ``authorization: Bearer <token>`` with the right token was sent."""
         values = [value for key, value in metadata if key == "authorization"]
         if len(values) != 1:
             raise Unauthenticated(f"expected exactly one authorization metadata entry, got {len(values)}")

@@ -1,10 +1,8 @@
-"""The edge: every byte that enters or leaves the server passes here, for our services and for the standard
-ones.
+"""The edge: every byte that enters or leaves the server passes here, for our services and for the standard ones.
 
-Handlers behind it are plain coroutines and generators over messages that raise the errors of
-``weft.server.errors``. The edge authenticates, decodes, encodes, counts, ends streams that nobody reads, and
-turns every exception into a status: left to itself, grpc.aio sends the text of an unhandled exception to the
-caller.
+Handlers behind it are plain coroutines and generators over messages that raise the errors of ``weft.server.errors``.
+The edge authenticates, decodes, encodes, counts, ends streams that nobody reads, and turns every exception into a
+status: left to itself, grpc.aio sends the text of an unhandled exception to the caller.
 """
 
 import asyncio
@@ -47,9 +45,7 @@ class Context(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a handler knows of its call besides the message: seconds until the caller gives up, None for
-    never.
-    """
+    """What a handler knows of its call besides the message: seconds until the caller gives up, None for never."""
 
     remaining_s: float | None
 
@@ -98,9 +94,7 @@ class Edge:
         self._write_stall_s_max = write_stall_s_max
 
     def handlers(self, service: ServiceDescriptor, servicer: object, *, guarded: bool = True) -> object:
-        """Return grpc's handler for a whole service; ``servicer`` has one attribute per RPC, named like
-        it.
-        """
+        """Return grpc's handler for a whole service; ``servicer`` has one attribute per RPC, named like it."""
         methods: Mapping[str, object] = {
             each.name: self._handler(each, getattr(servicer, each.name), guarded) for each in service.methods
         }

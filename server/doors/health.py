@@ -1,6 +1,4 @@
-"""``grpc.health.v1.Health``: whether to send requests here. Setting a status never waits for those who watch
-it.
-"""
+"""``grpc.health.v1.Health``: whether to send requests here. Setting a status never waits for those who watch it."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping

@@ -62,9 +62,7 @@ def packed(message: Message) -> any_pb2.Any:
 
 
 def clipped(text: str, limit_bytes: int) -> str:
-    """Make a text fit for the wire: valid UTF-8 (JSON can smuggle in lone surrogates) of at most this many
-    bytes.
-    """
+    """Make a text fit for the wire: valid UTF-8 (JSON can smuggle in lone surrogates) of at most this many bytes."""
     data = text.encode("utf-8", "replace")
     if len(data) <= limit_bytes:
         return data.decode("utf-8")

@@ -44,7 +44,7 @@ def implementation(request: pytest.FixtureRequest) -> Implementation:
     return found
 
 
-@pytest.fixture(params=DTYPES.values(), ids=DTYPES.keys())
+@pytest.fixture(params=list(DTYPES.values()), ids=list(DTYPES))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     found: torch.dtype = request.param
     return found

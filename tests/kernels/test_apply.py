@@ -55,7 +55,7 @@ def test_base_rows_keep_every_bit(implementation: Implementation, dtype: torch.d
 
 def test_inputs_and_outputs_may_have_other_dtypes_than_the_factors(implementation: Implementation) -> None:
     loaded = Loaded.random(torch.float16, 4, Kinds(), seed=1, device=implementation.device)
-    segments = loaded.segments(MIXES["prompts and answers"])
+    segments = loaded.segments(MIXES["half base"])
     tokens = segments[-1].stop
     for x_dtype, y_dtype in ((torch.float32, torch.float32), (torch.float16, torch.float32)):
         y, x = loaded.tensors(tokens, 1, torch.float32)
@@ -84,8 +84,6 @@ def test_scaled_inputs_match_the_oracle(implementation: Implementation, dtype: t
 
 def test_a_group_without_operators_is_not_touched(implementation: Implementation) -> None:
     loaded = Loaded.random(torch.float32, 2, Kinds(), device=implementation.device)
-    only_second = {i: t for i, t in enumerate([None, None, None, None]) if t}
-    assert not only_second
     kernels = implementation.load(loaded)
     base = kernels.rows(loaded.segments([(2, None)]))
     assert not any(kernels.touches(base, group) for group in range(len(GROUPS)))

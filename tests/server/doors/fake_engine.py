@@ -1,8 +1,7 @@
-"""An engine process without a model: it keeps the contract of messages and does what the prompt's first token
-says.
+"""An engine process without a model: it keeps the contract of messages and does what the prompt's first token says.
 
-The folder given as model is where tests and this process meet: ``commands`` is the list of what arrived, and
-files named like the constants below change how the process starts.
+The folder given as model is where tests and this process meet: ``commands`` is the list of what arrived, and files
+named like the constants below change how the process starts.
 """
 
 import json

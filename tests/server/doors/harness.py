@@ -1,6 +1,4 @@
-"""A front process in a thread, over a real socket, with a fake engine in a real process; and how tests talk
-to it.
-"""
+"""A front process in a thread, over a real socket, with a fake engine in a real process; and how tests talk to it."""
 
 import asyncio
 import hashlib

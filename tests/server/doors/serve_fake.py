@@ -1,6 +1,4 @@
-"""Runs ``serve`` over the fake engine, as a process that signals can be sent to: options as JSON in the first
-argument.
-"""
+"""Runs ``serve`` over the fake engine, as a process that can be sent signals; the argument is its options as JSON."""
 
 import json
 import sys

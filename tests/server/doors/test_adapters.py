@@ -1,6 +1,4 @@
-"""The names of the store over a socket: pages, deletion under load, and another backbone under the same
-store.
-"""
+"""The names of the store over a socket: pages, deletion under load, and another backbone under the same store."""
 
 from functools import partial
 from pathlib import Path

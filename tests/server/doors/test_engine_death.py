@@ -1,6 +1,4 @@
-"""The engine process dies, hangs or never starts: what callers hear, how soon, and what is served
-afterwards.
-"""
+"""The engine process dies, hangs or never starts: what callers hear, how soon, and what is served afterwards."""
 
 import os
 import signal

@@ -1,6 +1,4 @@
-"""Generate and StreamGenerate over a socket: what comes back, in which order, and what is refused with which
-words.
-"""
+"""Generate and StreamGenerate over a socket: what comes back, in which order, and what is refused with which words."""
 
 import threading
 import time

@@ -1,6 +1,4 @@
-"""The relay by itself: whatever happens in whatever order, every request ends once and every count returns to
-zero.
-"""
+"""The relay by itself: whatever happens in whatever order, every request ends once and every count returns to zero."""
 
 import asyncio
 import threading

@@ -1,6 +1,4 @@
-"""Readers that do not keep up: what they miss arrives merged, what they never read is ended, nobody waits for
-them.
-"""
+"""Readers that do not keep up: what they miss arrives merged, what they never read is ended, nobody waits for them."""
 
 import socket
 import threading

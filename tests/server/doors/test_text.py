@@ -1,6 +1,4 @@
-"""Text and tokens: templates in their sandbox, characters made of several tokens, stop strings cut
-anywhere.
-"""
+"""Text and tokens: templates in their sandbox, characters made of several tokens, stop strings cut anywhere."""
 
 import json
 

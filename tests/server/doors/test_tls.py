@@ -1,6 +1,4 @@
-"""TLS: certificates of the server and of callers, plain text at a closed door, and a certificate that is
-renewed.
-"""
+"""TLS: certificates of the server and of callers, plain text at a closed door, and a certificate that is renewed."""
 
 import subprocess
 from pathlib import Path
