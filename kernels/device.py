@@ -22,7 +22,6 @@ from weft.kernels.lowrank import expand_kernel, shrink_kernel
 from weft.kernels.scale import scale_input_kernel
 from weft.kernels.tiles import LARGE, SMALL, Tiles, tiles_for
 
-
 Tile = tuple[int, int, int, int]
 
 
@@ -165,7 +164,7 @@ class TritonKernels(Kernels):
         return scaled
 
     def _shrink(self, x: Tensor, rows: TritonRows, group: int, height: str, upcast: bool) -> Tensor:
-        """h, fp32 [planes, rows of the walk, largest sum of ranks]; what a row's own ranks do not take is not written."""
+        """h, fp32 [planes, rows of the walk, largest sum of ranks], written as far as a row's own ranks go."""
         members, wide, ranks = self.geometry.members[group], x.shape[1], int(rows.ranks_max[group])
         walk, options = rows.walks[height], self._tiles[upcast].shrink[height]
         span, parts = self._tiles[upcast].split(wide)

@@ -8,8 +8,9 @@ Two launches whatever the mix of adapters and ranks:
 A *tile* is a run of at most BM rows of one block. Programs find the operators in the block's directory; nothing is
 passed per adapter. The sum over k is made in parts that depend on its length only. Few rows have a program, and a
 plane of h, for every part; where rows are many, one program makes FOLD parts and adds them up. Planes are fp32,
-each written once and added in order: nothing is zeroed beforehand and no sum depends on what else runs. In expand h meets B as the sum of two numbers of B's dtype, which
-keeps it at fp32's precision for the price of a second product that memory hides.
+each written once and added in order: nothing is zeroed beforehand and no sum depends on what else runs. In
+expand h meets B as the sum of two numbers of B's dtype, which keeps it at fp32's precision for the price of a
+second product that memory hides.
 
     tiles   int32 [tiles, 4]     block's first byte / ALIGN, first row, row behind, first row in h
     words   int32 [arena / 4]    the arena, for directories
@@ -63,7 +64,7 @@ def hidden_tile(h_ptr, rows, live, columns, rank, stride_hs, stride_ht, SPLITS: 
     """The planes of h summed in order: fp32 [rows, columns], zero where dead or beyond ``rank``."""
     # [BM, BR]
     mask = live[:, None] & (columns[None, :] < rank)
-    place = h_ptr + rows[:, None].to(tl.int64) * stride_ht + columns[None, :]
+    place = h_ptr + (rows[:, None] * stride_ht + columns[None, :])
     h = tl.load(place, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
         h += tl.load(place + split * stride_hs, mask=mask, other=0.0)
@@ -95,8 +96,8 @@ def shrink_kernel(
     a_ptr = factors_ptr + block * (_ALIGN // ITEM) + first.to(tl.int64) * (_UNIT // ITEM)
     m = tl.arange(0, BM)
     live = m < stop - row
-    x_rows = x_ptr + (row + m).to(tl.int64)[:, None] * stride_xt
-    a_rows = a_ptr + n.to(tl.int64)[None, :] * STRIDE
+    x_rows = x_ptr + row.to(tl.int64) * stride_xt + m[:, None] * stride_xt
+    a_rows = a_ptr + n[None, :] * STRIDE
     total = tl.zeros((BM, BN), dtype=tl.float32)
     for part in range(FOLD):
         acc = tl.zeros((BM, BN), dtype=tl.float32)
@@ -108,7 +109,8 @@ def shrink_kernel(
             a = tl.load(a_rows + k[:, None], mask=(n[None, :] < rank) & (k[:, None] < FEATURES), other=0.0)
             acc = plain_dot(x, a, acc, UPCAST)
         total += acc
-    place = h_ptr + split * stride_hs + (h_row + m).to(tl.int64)[:, None] * stride_ht + n[None, :]
+    h_tile = h_ptr + split * stride_hs + h_row.to(tl.int64) * stride_ht
+    place = h_tile + (m[:, None] * stride_ht + n[None, :])
     tl.store(place, total, mask=live[:, None] & (n[None, :] < rank))
 
 
@@ -146,11 +148,13 @@ def expand_kernel(
     live, inside = m < stop - row, n < tall
     mask = live[:, None] & inside[None, :]
     # [BM, BN]
-    y_place = y_ptr + (row + m).to(tl.int64)[:, None] * stride_yt + (y_column + tl.arange(0, BN))[None, :]
+    # offsets inside a tile fit 32 bits, and take half the registers
+    y_place = y_ptr + row.to(tl.int64) * stride_yt + (m[:, None] * stride_yt + (y_column + tl.arange(0, BN))[None, :])
     y = tl.load(y_place, mask=mask, other=0.0)
     vectors = vectors_ptr + block * (_ALIGN // 4)
     stride = (tall * ITEM + _UNIT - 1) // _UNIT * (_UNIT // ITEM)
     b_ptr = factors_ptr + block * (_ALIGN // ITEM) + b_off.to(tl.int64) * (_UNIT // ITEM)
+    h_tile = h_ptr + h_row.to(tl.int64) * stride_ht + before
     # y joins last: sums that start from it would be rounded at its size
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     start = 0
@@ -158,8 +162,8 @@ def expand_kernel(
         r = start + tl.arange(0, BR)
         # [BR, BN]
         b_mask = (r[:, None] < rank) & inside[None, :]
-        b = tl.load(b_ptr + r.to(tl.int64)[:, None] * stride + n[None, :], mask=b_mask, other=0.0)
-        h = hidden_tile(h_ptr + before, h_row + m, live, r, rank, stride_hs, stride_ht, SPLITS)
+        b = tl.load(b_ptr + (r[:, None] * stride + n[None, :]), mask=b_mask, other=0.0)
+        h = hidden_tile(h_tile, m, live, r, rank, stride_hs, stride_ht, SPLITS)
         acc = precise_dot(h, b, acc, UPCAST)
         start += BR
     total = y.to(tl.float32)

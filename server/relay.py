@@ -76,10 +76,12 @@ def raised(failure: Failure, message: str, field: str = "") -> Exception:
             return errors.RequestTooLarge(message, field=field)
         case Failure.NON_FINITE_LOGITS:
             return errors.NonFiniteLogits(message, field=field)
-        case Failure.DEADLINE:
-            return errors.DeadlineExceeded(message, field=field)
-        case Failure.ENGINE_LOST:
-            return errors.EngineRestarting(message, field=field)
+        case Failure.ADAPTER_INCOMPATIBLE:
+            return store.AdapterIncompatible(message, field)
+        case Failure.STORE_FULL:
+            return store.StoreFull(message, field)
+        case Failure.STORE_IO_ERROR:
+            return store.StoreIOError(message, field)
         case Failure.BUG:
             return errors.EngineBug(message, field=field)
 

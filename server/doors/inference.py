@@ -125,7 +125,6 @@ class InferenceService:
             sampling=wish.sampling,
             adapter=adapter,
             stop_ids=wish.stop_ids,
-            deadline_s=expires_s - asyncio.get_running_loop().time(),
         )
         started = Started(
             request_id=wish.request_id,

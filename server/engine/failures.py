@@ -1,12 +1,23 @@
 """Which message-level failure stands for which error of the store."""
 
-from weft.adapters_store.errors import AdapterCorrupt, AdapterError, AdapterInvalid, AdapterTooLarge
+from weft.adapters_store.errors import (
+    AdapterCorrupt,
+    AdapterError,
+    AdapterIncompatible,
+    AdapterInvalid,
+    AdapterTooLarge,
+    StoreFull,
+    StoreIOError,
+)
 from weft.server.engine.messages import Failure
 
 _FAILURES: dict[type[AdapterError], Failure] = {
     AdapterInvalid: Failure.ADAPTER_INVALID,
     AdapterTooLarge: Failure.ADAPTER_TOO_LARGE,
     AdapterCorrupt: Failure.ADAPTER_CORRUPT,
+    AdapterIncompatible: Failure.ADAPTER_INCOMPATIBLE,
+    StoreFull: Failure.STORE_FULL,
+    StoreIOError: Failure.STORE_IO_ERROR,
 }
 
 

@@ -27,10 +27,11 @@ class Failure(Enum):
     ADAPTER_INVALID = "adapter_invalid"
     ADAPTER_TOO_LARGE = "adapter_too_large"
     ADAPTER_CORRUPT = "adapter_corrupt"
+    ADAPTER_INCOMPATIBLE = "adapter_incompatible"
+    STORE_FULL = "store_full"
+    STORE_IO_ERROR = "store_io_error"
     REQUEST_TOO_LARGE = "request_too_large"
     NON_FINITE_LOGITS = "non_finite_logits"
-    DEADLINE = "deadline"
-    ENGINE_LOST = "engine_lost"
     BUG = "bug"
 
 
@@ -54,7 +55,6 @@ class Submit:
     sampling: Sampling = Sampling()
     adapter: Digest | None = None
     stop_ids: frozenset[int] = frozenset()
-    deadline_s: float | None = None  # seconds from submission, not a wall clock
 
 
 @dataclass(frozen=True, slots=True)

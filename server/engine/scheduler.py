@@ -17,7 +17,6 @@ from weft.server.engine.messages import Event, Failed, Failure, FinishReason, Re
 from weft.server.engine.pages import PagePool
 from weft.server.engine.request import Request
 
-
 # loading takes milliseconds; an adapter that is not there after this waits for room that others keep taking
 ADAPTER_PATIENCE_S = 2.0
 

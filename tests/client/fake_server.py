@@ -15,7 +15,7 @@ from typing import Any, cast
 import grpc
 import grpc.aio
 from google.protobuf import any_pb2, duration_pb2
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2
 
 from weft.proto.v1 import adapters_pb2, common_pb2, inference_pb2, server_pb2

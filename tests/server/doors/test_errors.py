@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 from hypothesis import given
 from hypothesis import strategies as st
