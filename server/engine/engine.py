@@ -52,6 +52,8 @@ class Engine:
         self.config = config
         self.backbone = backbone
         self._clock = clock
+        # an idle engine takes no steps, so what changed the gauges last must still be told
+        self._gauges_changed = False
         self.arena = Arena(config.adapter_memory_bytes_max, backbone.device)
         geometry = backbone.geometry
         self.kernels = dispatch.load(config.kernels, self.arena.buffer, geometry, config.working_set_bytes_max)
@@ -88,10 +90,12 @@ class Engine:
                 self.scheduler.submit(Request(command, self._clock()))
             case Abort(id):
                 self.scheduler.abort(id)
+                self._gauges_changed = True
             case Prepare(digest):
                 self.residency.prepare(digest)
             case Forget(digest):
                 self.residency.forget(digest)
+                self._gauges_changed = True
 
     def step(self) -> list[Event]:
         """Run one step: plan, run, commit. Returns what happened; empty when there was nothing to do."""
@@ -99,7 +103,8 @@ class Engine:
         events: list[Event] = list(map(_result_event, self.residency.poll()))
         batch = self.scheduler.plan()
         events += self._run(batch) if batch.items else self.scheduler.drain_events()
-        if events or batch.items:
+        if events or batch.items or self._gauges_changed:
+            self._gauges_changed = False
             events.append(self._stats(batch, self._clock() - started))
         return events
 

@@ -97,10 +97,13 @@ def test_every_end_of_a_request_has_its_own_count(served):
     assert ended(served, "stop", lambda: served.generate(ids=[5], max_new_tokens=50, stop=["cd"]))
     assert ended(served, "length", lambda: served.generate(ids=[5], max_new_tokens=3))
     assert ended(served, "cancelled", lambda: cancelled(served))
-    fails = [fake_engine.FAIL + i for i in range(len(fake_engine.FAILURES))]
-    deadline = next(i for i, each in enumerate(fake_engine.FAILURES) if each.name == "DEADLINE")
-    assert ended(served, "deadline", lambda: failing(served, ids=[fails[deadline]], max_new_tokens=5))
-    assert ended(served, "error", lambda: failing(served, ids=[fails[0]], max_new_tokens=5))
+    assert ended(served, "error", lambda: failing(served, ids=[fake_engine.FAIL], max_new_tokens=5))
+
+
+def test_a_request_that_ran_out_of_time_has_its_own_count(tmp_path):
+    with running(tmp_path, request_duration_s_max=0.3) as server:
+        hanging = {"ids": [fake_engine.HANG], "max_new_tokens": 5, "timeout": None}
+        assert ended(server, "deadline", lambda: failing(server, **hanging))
 
 
 def test_errors_are_counted_by_reason(served):
