@@ -13,7 +13,7 @@ their ranks, or where an adapter lies. Matrix products promise no such thing: th
 ``Pattern`` is what follows from shapes alone and is the same in all layers; ``Plan`` adds the places in the pool.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -159,7 +159,7 @@ class Pattern:
         self.tall = sum(site.tall for site in first.sites)
         # x: rows as often as they have chunks
         copies = [len(part.copies) for part in parts]
-        self.copies = copies[0] if len(set(copies)) == 1 else None
+        self.once = set(copies) == {1}
         self.source = self._index(np.repeat(np.arange(len(forms)), copies))
         table = np.concatenate([part.copies for part in parts])
         self._shrink, self._of_copy = table[:, 0], np.repeat(np.arange(len(forms)), copies)
@@ -193,18 +193,15 @@ class Pattern:
         return len(self._weight) > 0
 
     def _vectors(self, forms: Sequence[GroupForm]) -> None:
-        """sigma and beta: rows of width inside each section, -1 for none."""
-        kept, at = [], 0
-        columns: list[list[list[int]]] = [[], []]
-        for form in forms:
-            for rows, name in zip(columns, ("sigma", "beta"), strict=True):
-                rows.append([v for site in form.sites for v in _run(getattr(site, name), site.chunks)])
-        self.sigma, self.beta = (np.array(rows, dtype=np.int64) for rows in columns)
-        for site in forms[0].sites:
-            kept.append(np.arange(at, at + site.tall))
-            at += site.chunks * self.width
-        self.padded = at
-        self.keep = self._index(np.concatenate(kept)) if at != self.tall else None
+        """sigma and beta: per row and chunk of its outputs, rows of width inside the section, -1 for none."""
+        sites = forms[0].sites
+        self.sigma = _rows_of([[(site.sigma, site.chunks) for site in form.sites] for form in forms])
+        self.beta = _rows_of([[(site.beta, site.chunks) for site in form.sites] for form in forms])
+        # outputs that do not fill their chunks leave columns that are not kept
+        starts = [chunk * self.width for chunk in _starts([site.chunks for site in sites])]
+        self.padded = self.width * sum(site.chunks for site in sites)
+        kept = [np.arange(start, start + site.tall) for start, site in zip(starts, sites, strict=True)]
+        self.keep = self._index(_joined(kept)) if self.padded != self.tall else None
 
     def _steps_of(self, periods: Ints) -> Tensor:
         steps = np.arange(self.wide)
@@ -239,8 +236,11 @@ class Pattern:
         )
 
 
-def _run(first: int, rows: int) -> Iterator[int]:
-    return iter(range(first, first + rows)) if first >= 0 else iter([-1] * rows)
+def _rows_of(runs: Sequence[Sequence[tuple[int, int]]]) -> Ints | None:
+    """(first, count) as rows first, first + 1, ..; None if nothing is there."""
+    rows = [[at + i if at >= 0 else -1 for at, count in row for i in range(count)] for row in runs]
+    table = np.array(rows, dtype=np.int64)
+    return table if (table >= 0).any() else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +250,27 @@ class Places:
     shrink: Tensor
     expand: Tensor
     weight: Tensor
+
+
+class Chosen:
+    """Some rows of a batch, in order: views of them if they are neighbours, else copies."""
+
+    def __init__(self, rows: Sequence[int], device: torch.device) -> None:
+        self._count = len(rows)
+        self._span = slice(rows[0], rows[-1] + 1)
+        apart = rows[-1] - rows[0] != len(rows) - 1
+        self._index = torch.tensor(rows, dtype=torch.int64, device=device) if apart else None
+
+    def take(self, table: Tensor) -> Tensor:
+        """These rows of a table [rows of the batch, columns]."""
+        if len(table) == self._count:
+            return table
+        return table[self._span] if self._index is None else table.index_select(0, self._index)
+
+    def give(self, table: Tensor, rows: Tensor) -> None:
+        """Write back what was taken, after it was changed in place."""
+        if self._index is not None:
+            table.index_copy_(0, self._index, rows)
 
 
 class Plan:
@@ -274,29 +295,24 @@ class Plan:
         self._chunks, self._flat = factors.view(-1, LANES), factors
         self._tables = factors.view(-1, pattern.width)
         self._vectors = pool.vectors.view(-1, pattern.width)
-        self._span = slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] == len(rows) - 1 else None
-        self._index = torch.tensor(rows, dtype=torch.int64, device=factors.device)
+        self._rows = Chosen(rows, pool.factors.device)
         self._sigma = self._vector(pattern.sigma, starts, 0)
         self._beta = self._vector(pattern.beta, starts, WIDTH_MAX)
 
-    def _vector(self, rows: Ints, starts: Ints, otherwise: int) -> Tensor | None:
-        if (rows < 0).all():
+    def _vector(self, rows: Ints | None, starts: Ints, otherwise: int) -> Tensor | None:
+        if rows is None:
             return None
         width = self._pattern.width
         index = np.where(rows < 0, otherwise // width, rows + starts[:, None] // (4 * width))
-        return torch.from_numpy(index.reshape(-1)).to(self._index.device)
+        return torch.from_numpy(index.reshape(-1)).to(self._flat.device)
 
     def run(self, y: Tensor, x: Tensor) -> None:
         """Add what the operators make of x [tokens, wide] to y [tokens, tall], in this plan's rows."""
         if self._refill is not None:
             self._refill()
-        span = self._span
-        if span is not None:
-            self._add(y[span], x[span])
-        else:
-            out = y.index_select(0, self._index)
-            self._add(out, x.index_select(0, self._index))
-            y.index_copy_(0, self._index, out)
+        out = self._rows.take(y)
+        self._add(out, self._rows.take(x))
+        self._rows.give(y, out)
 
     def _add(self, y: Tensor, x: Tensor) -> None:
         delta = self._delta(x)
@@ -330,10 +346,9 @@ class Plan:
 
     def _inputs(self, x: Tensor) -> Tensor:
         """Rows of x as often as they have chunks, flat."""
-        copies = self._pattern.copies
-        if copies is None:
-            return x.index_select(0, self._pattern.source).view(-1)
-        return x.reshape(-1) if copies == 1 else x.unsqueeze(1).expand(-1, copies, -1).reshape(-1)
+        if self._pattern.once:
+            return x.reshape(-1)
+        return x.index_select(0, self._pattern.source).view(-1)
 
     def _gather(self, index: Tensor) -> Tensor:
         return self._kept(self._vectors.index_select(0, index))

@@ -122,7 +122,8 @@ class TritonKernels(Kernels):
         self._factors, self._vectors = arena.view(geometry.dtype), arena.view(torch.float32)
         self._words = arena.view(torch.int32)
         name = torch.cuda.get_device_name(arena.device) if arena.is_cuda else "default"
-        self._tiles = {exact: tiles or tiles_for(name, exact) for exact in (False, True)}
+        nvidia = torch.version.hip is None
+        self._tiles = {exact: tiles or tiles_for(name, exact, nvidia) for exact in (False, True)}
         self._parts: dict[tuple[int, tuple[int, ...]], Tensor] = {}
         self._columns: dict[tuple[int, ...], Tensor] = {}
         # the interpreter multiplies bf16 wrongly, so there the factors are raised to fp32 first
@@ -153,6 +154,7 @@ class TritonKernels(Kernels):
 
     def scale_input(self, x: Tensor, rows: Rows, site: int) -> Tensor:
         assert isinstance(rows, TritonRows)
+        self._check(None, x, rows, self.geometry.group_of[site])
         scaled = x.clone(memory_format=torch.contiguous_format)
         options, wide = self._tiles[False].scale, x.shape[1]
         if rows.input_scaled(site):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels.batch import BatchError, Rows, Segment
-from weft.kernels.layout import ALIGN, Geometry
+from weft.kernels.layout import ALIGN, FACTOR_DTYPES, Geometry
 
 NAMES = ("auto", "torch", "triton")
 
@@ -32,6 +32,7 @@ class Kernels(ABC):
             raise ValueError(f"arena: expected a multiple of {ALIGN} bytes, got {arena.numel()}")
         self.arena = arena
         self.geometry = geometry
+        self._widths = [(geometry.out_features(g), geometry.in_features(g)) for g in range(len(geometry.groups))]
 
     @abstractmethod
     def rows(self, segments: Sequence[Segment]) -> Rows:
@@ -77,18 +78,20 @@ class Kernels(ABC):
         """The block that was loaded under this key is gone; nothing of it may be kept."""
 
     def _check(self, y: Tensor | None, x: Tensor, rows: Rows, group: int) -> None:
-        tall, wide = self.geometry.out_features(group), self.geometry.in_features(group)
-        for name, tensor, width in (("y", y, tall), ("x", x, wide)):
-            if tensor is None:
-                continue
-            if tuple(tensor.shape) != (rows.tokens, width):
-                raise BatchError(f"{name}: expected [{rows.tokens}, {width}], got {list(tensor.shape)}")
-            if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                raise BatchError(f"{name}: expected fp32, bf16 or fp16, got {tensor.dtype}")
-            if width > 1 and rows.tokens and tensor.stride(1) != 1:
-                raise BatchError(f"{name}: expected columns side by side, got strides {tensor.stride()}")
-            if tensor.device != self.arena.device:
-                raise BatchError(f"{name}: expected a tensor on {self.arena.device}, got {tensor.device}")
+        tall, wide = self._widths[group]
+        if y is not None:
+            self._check_one("y", y, rows.tokens, tall)
+        self._check_one("x", x, rows.tokens, wide)
+
+    def _check_one(self, name: str, tensor: Tensor, tokens: int, width: int) -> None:
+        if tensor.shape != (tokens, width):
+            raise BatchError(f"{name}: expected [{tokens}, {width}], got {list(tensor.shape)}")
+        if tensor.dtype not in FACTOR_DTYPES:
+            raise BatchError(f"{name}: expected fp32, bf16 or fp16, got {tensor.dtype}")
+        if tensor.stride(1) != 1 and width > 1 and tokens:
+            raise BatchError(f"{name}: expected columns side by side, got strides {tensor.stride()}")
+        if tensor.device != self.arena.device:
+            raise BatchError(f"{name}: expected a tensor on {self.arena.device}, got {tensor.device}")
 
 
 def load(name: str, arena: Tensor, geometry: Geometry, working_set_bytes_max: int) -> Kernels:

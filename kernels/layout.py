@@ -88,6 +88,11 @@ class Geometry:
         stops = np.cumsum(self.groups).tolist()
         return tuple(range(stop - size, stop) for stop, size in zip(stops, self.groups, strict=True))
 
+    @cached_property
+    def group_of(self) -> tuple[int, ...]:
+        """The group of each site."""
+        return tuple(g for g, members in enumerate(self.members) for _ in members)
+
     def in_features(self, group: int) -> int:
         """Width of the input that the sites of this group share."""
         return self.sites[self.members[group].start].in_features

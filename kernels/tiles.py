@@ -2,6 +2,7 @@
 
 Sizes decide the order of sums, so they are fixed for a process and depend on nothing in a batch. ``expand`` and
 ``kron`` keep one stage: pipelined wgmma with a register operand is miscompiled by the ptxas of older Tritons.
+``maxnreg``, which only NVIDIA knows, keeps ptxas from spilling for the sake of one more program per processor.
 """
 
 import json
@@ -45,11 +46,22 @@ class Tiles:
 
 
 @lru_cache
-def tiles_for(device_name: str, exact: bool) -> Tiles:
+def tiles_for(device_name: str, exact: bool, nvidia: bool = True) -> Tiles:
     """The tiles of a device by its name (``NVIDIA H200``), or the defaults if none were searched for it.
 
     exact:  for products in fp32 on plain cores, else for tensor cores
     """
     path = TUNED / f"{device_name.replace(' ', '_')}.json"
     table = json.loads((path if path.is_file() else TUNED / "default.json").read_text())
-    return Tiles(**table["exact" if exact else "half"])
+    chosen = table["exact" if exact else "half"]
+    if not nvidia:
+        del chosen["kron"]["maxnreg"]
+    # said outright: Triton's default depends on its version
+    fused = {"enable_fp_fusion": True}
+    return Tiles(
+        chosen["split_k"],
+        {height: options | fused for height, options in chosen["shrink"].items()},
+        {height: options | fused for height, options in chosen["expand"].items()},
+        chosen["kron"] | fused,
+        chosen["scale"] | fused,
+    )

@@ -5,19 +5,39 @@ is a pair of matmuls straight from the arena. Which of the two a segment takes d
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from weft.kernels.bags import Pattern, Places, Plan
+from weft.kernels.bags import Chosen, Pattern, Places, Plan
 from weft.kernels.batch import Block, Rows, Segment
 from weft.kernels.dispatch import Kernels
-from weft.kernels.layout import A_OFF, B_OFF, BETA_OFF, SIGMA_IN_OFF, SIGMA_OFF, Geometry, Views
+from weft.kernels.layout import (
+    A_OFF,
+    B_OFF,
+    BETA_OFF,
+    KRON_COUNT,
+    RANK,
+    SIGMA_IN_OFF,
+    SIGMA_OFF,
+    Geometry,
+    Views,
+)
 from weft.kernels.working_set import HEAD, GroupForm, Pool, Slot, WorkingSet, fill, forms_of
 
 # up to here reading an adapter once per row is cheaper than setting up matmuls
 SHORT_MAX = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """Rows that sigma_in multiplies and the rows of the pool's vectors [.., lanes] that theirs is made of."""
+
+    rows: Chosen
+    index: Tensor
+    lanes: int
 
 
 class TorchRows(Rows):
@@ -35,6 +55,7 @@ class TorchRows(Rows):
         self.plans: list[tuple[Plan, ...] | None] = []
         self.patterns: dict[tuple[int, ...], Pattern] = {}
         self.places: dict[tuple[object, ...], Places] = {}
+        self.scales: dict[int, tuple[Scale | None, tuple[Segment, ...]]] = {}
 
 
 class TorchKernels(Kernels):
@@ -46,6 +67,8 @@ class TorchKernels(Kernels):
         super().__init__(arena, geometry)
         self._views = Views(arena, geometry.dtype)
         self._set = WorkingSet(geometry, self._views, working_set_bytes_max, arena.device)
+        # one section, written anew for every use
+        self._scratch: Pool | None = None
 
     @property
     def working_set_bytes(self) -> int:
@@ -85,22 +108,62 @@ class TorchKernels(Kernels):
             self._apply_long(y[segment.start : segment.stop], x[segment.start : segment.stop], segment.block, group)
 
     def scale_input(self, x: Tensor, rows: Rows, site: int) -> Tensor:
+        assert isinstance(rows, TorchRows)
+        self._check(None, x, rows, self.geometry.group_of[site])
+        if rows.epoch != self._set.epoch:
+            self._settle(rows)
+        if site not in rows.scales:
+            rows.scales[site] = self._scales(rows, site)
+        together, apart = rows.scales[site]
         scaled = x.clone(memory_format=torch.contiguous_format)
-        for segment in rows.segments:
+        if together is not None:
+            part = together.rows.take(scaled)
+            vectors = self._set.pool.vectors.view(-1, together.lanes).index_select(0, together.index)
+            part.copy_(part.float() * vectors.view(len(part), -1)[:, : x.shape[1]])
+            together.rows.give(scaled, part)
+        for segment in apart:
             assert segment.block is not None
             offset = int(segment.block.directory.sites[site, SIGMA_IN_OFF])
             vector = self._views.vector(segment.block.offset, offset, x.shape[1])
-            if vector is not None:
-                part = scaled[segment.start : segment.stop]
-                part.copy_(part.float() * vector)
+            part = scaled[segment.start : segment.stop]
+            assert vector is not None
+            part.copy_(part.float() * vector)
         return scaled
+
+    def _scales(self, rows: TorchRows, site: int) -> tuple[Scale | None, tuple[Segment, ...]]:
+        """(rows scaled together from the working set, segments scaled from the arena)."""
+        group = self.geometry.group_of[site]
+        member = site - self.geometry.members[group].start
+        chosen: list[int] = []
+        starts: list[int] = []
+        apart, lanes = [], 0
+        for segment in rows.segments:
+            assert segment.block is not None
+            slot = rows.slots.get(segment.block.key)
+            if not segment.block.directory.sites[site, SIGMA_IN_OFF]:
+                continue
+            if slot is None or segment.stop - segment.start > SHORT_MAX:
+                apart.append(segment)
+                continue
+            lanes = slot.forms[group].lanes
+            start = slot.starts[group] // 4 // lanes + slot.forms[group].sites[member].sigma_in
+            chosen += range(segment.start, segment.stop)
+            starts += [start] * (segment.stop - segment.start)
+        if not chosen:
+            return None, tuple(apart)
+        pieces = np.arange(-(-self.geometry.in_features(group) // lanes))
+        index = torch.from_numpy((np.array(starts)[:, None] + pieces).reshape(-1)).to(self.arena.device)
+        return Scale(Chosen(chosen, self.arena.device), index, lanes), tuple(apart)
 
     def _settle(self, rows: TorchRows) -> None:
         rows.slots = self._set.acquire(rows.short_blocks)
         missing = [block for key, block in rows.short_blocks.items() if key not in rows.slots]
         rows.missing = {block.key: forms_of(self.geometry, block.directory) for block in missing}
         rows.plans = [None] * len(self.geometry.groups)
+        # the keys of these name forms that may be gone
+        rows.patterns.clear()
         rows.places.clear()
+        rows.scales.clear()
         rows.epoch = self._set.epoch
 
     def _plans(self, rows: TorchRows, group: int) -> tuple[Plan, ...]:
@@ -128,7 +191,9 @@ class TorchKernels(Kernels):
         form = rows.missing[block.key][group]
         starts = np.full(len(its_rows), HEAD, dtype=np.int64)
         pattern, places = self._place(rows, [form] * len(its_rows), starts)
-        scratch = Pool(HEAD + form.nbytes, self.geometry.dtype, self.arena.device)
+        if self._scratch is None or self._scratch.nbytes < HEAD + form.nbytes:
+            self._scratch = Pool(HEAD + form.nbytes, self.geometry.dtype, self.arena.device)
+        scratch = self._scratch
 
         def refill() -> None:
             fill(scratch, HEAD, form, self._views, block, self.geometry.members[group])
@@ -155,15 +220,15 @@ class TorchKernels(Kernels):
         words = block.directory.sites[members.start : members.stop].tolist()
         inputs = x.float()
         hidden = None
-        ranks = sum(row[1] for row in words)
+        ranks = sum(row[RANK] for row in words)
         if ranks:
             first = min(row[A_OFF] for row in words if row[A_OFF])
             a = self._views.matrix(block.offset, first, ranks, x.shape[1])
             hidden = inputs @ a.float().T
         left = top = 0
         for site, row in zip(members, words, strict=True):
-            right, rank = left + self.geometry.sites[site].out_features, row[1]
-            if rank or row[4] or row[SIGMA_OFF] or row[BETA_OFF]:
+            right, rank = left + self.geometry.sites[site].out_features, row[RANK]
+            if rank or row[KRON_COUNT] or row[SIGMA_OFF] or row[BETA_OFF]:
                 part = None if hidden is None else hidden[:, top : top + rank]
                 self._add_long(y[:, left:right], inputs, part, block, site)
             left, top = right, top + rank

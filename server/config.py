@@ -97,6 +97,9 @@ def _check_bounds(config: ServerConfig) -> None:
             raise ConfigError(f"{each.name} must be > 0, got {value}")
         if isinstance(value, float) and not 0 <= value < float("inf"):
             raise ConfigError(f"{each.name} must be a finite number >= 0, got {value}")
+    if config.batch_requests_max >= config.batch_tokens_max:
+        text = f"batch_requests_max must be < batch_tokens_max, {config.batch_tokens_max}, so that prompts find room"
+        raise ConfigError(f"{text}, got {config.batch_requests_max}")
     if config.adapter_bytes_max > ADAPTER_BYTES_MAX:
         raise ConfigError(f"adapter_bytes_max must be <= {ADAPTER_BYTES_MAX}, got {config.adapter_bytes_max}")
 

@@ -1,7 +1,7 @@
 """Paged attention behind transformers' attention interface: writes keys and values to their slots, attends over slots.
 
 Plain torch: gathered slots, scaled_dot_product_attention for prompts, matmul and softmax for single tokens (on a CPU
-several times faster than the former for one query row). Reductions run over a row's own padded context; rows never mix.
+several times faster than the former for one query row). Rows never mix; sequences of like length are padded alike.
 """
 
 from dataclasses import dataclass
@@ -52,12 +52,12 @@ def paged_attention(
     values.index_copy_(1, step.write_slots, value[0])
     form = Form(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     rows = query[0].transpose(0, 1)
-    if step.decode is not None and step.decode.rows is None:
-        return _decode(rows, keys, values, step.decode, form)[None], None
+    if step.decode and step.decode[0].rows is None:
+        return _decode(rows, keys, values, step.decode[0], form)[None], None
     out = rows.new_empty(rows.shape[0], rows.shape[1], values.shape[-1])
-    if step.decode is not None and step.decode.rows is not None:
-        found = _decode(rows.index_select(0, step.decode.rows), keys, values, step.decode, form)
-        out.index_copy_(0, step.decode.rows, found)
+    for same in step.decode:
+        assert same.rows is not None
+        out.index_copy_(0, same.rows, _decode(rows.index_select(0, same.rows), keys, values, same, form))
     for span in step.prefill:
         out[span.start : span.stop] = _prefill(rows[span.start : span.stop], keys, values, span, form)
     return out[None], None
@@ -87,20 +87,29 @@ def _prefill(rows: Tensor, keys: Tensor, values: Tensor, span: PrefillSpan, form
     k = keys.index_select(1, span.slots)[None]
     v = values.index_select(1, span.slots)[None]
     q = rows.transpose(0, 1)[None]
-    windowed = form.window is not None and context > form.window
-    if count == context and form.softcap is None and not windowed:
-        shared = heads != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=form.scale, enable_gqa=shared)
-        return out[0].transpose(0, 1)
-    position = torch.arange(context, device=rows.device)
-    own = position[context - count :, None]
-    hidden = position > own
-    if form.window is not None:
-        hidden |= position <= own - form.window
+    whole = count == context and (form.window is None or context <= form.window)
+    hidden = None if whole and form.softcap is None else _hidden(count, context, form.window, rows.device)
     kv_heads = k.shape[1]
+    if form.softcap is None:
+        mask = None if hidden is None else ~hidden
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=form.scale, enable_gqa=heads != kv_heads
+        )
+        return out[0].transpose(0, 1)
+    assert hidden is not None
     grouped = q[0].reshape(kv_heads, heads // kv_heads, count, -1)
     weights = _softmax(torch.matmul(grouped, k[0, :, None].transpose(2, 3)), hidden, form)
     return torch.matmul(weights.to(v.dtype), v[0, :, None]).reshape(heads, count, -1).transpose(0, 1)
+
+
+def _hidden(count: int, context: int, window: int | None, device: torch.device) -> Tensor:
+    """[count, context] bool: what the last ``count`` positions of a context must not see."""
+    position = torch.arange(context, device=device)
+    own = position[context - count :, None]
+    hidden = position > own
+    if window is not None:
+        hidden |= position <= own - window
+    return hidden
 
 
 def _softmax(scores: Tensor, hidden: Tensor, form: Form) -> Tensor:

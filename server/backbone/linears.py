@@ -85,8 +85,10 @@ class LinearGroup:
         for member, ranges in scaled:
             u = kernels.scale_input(x, rows, member.site)
             bias = None if self.bias is None else self.bias[member.slice]
+            # all rows, so that the product has one shape whatever the neighbours carry
+            scaled_y = F.linear(u, self.weight[member.slice], bias)
             for start, stop in ranges:
-                y[start:stop, member.slice] = F.linear(u[start:stop], self.weight[member.slice], bias)
+                y[start:stop, member.slice] = scaled_y[start:stop]
         return y
 
     def _scaled_members(self, rows: Rows, kernels: Kernels) -> Scaled:

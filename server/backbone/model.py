@@ -36,7 +36,7 @@ class Backbone:
         with torch.inference_mode():
             reference = model(input_ids=probe[None], use_cache=False).logits[0].float()
         shapes: list[KVShape] = []
-        found = sites.watch(model, lambda: shapes.extend(census(model, lambda: self._bare(probe))))
+        found = sites.watch(model, lambda: shapes.extend(census(model, lambda: self._bare(probe))), PROBE_TOKENS)
         self.kv_shapes = shapes
         attention.register()
         model.set_attn_implementation(attention.NAME)
@@ -112,7 +112,7 @@ class Backbone:
         return torch.randint(self.vocabulary, (PROBE_TOKENS,), generator=generator).to(self.device)
 
     def _bare(self, probe: Tensor) -> None:
-        self.model(input_ids=probe[None], use_cache=False)
+        self.model(input_ids=probe[None], use_cache=False, logits_to_keep=1)
 
 
 def kv_slots(shapes: Sequence[tuple[int, int, int]], nbytes: int, dtype: torch.dtype) -> int:

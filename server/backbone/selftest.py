@@ -64,15 +64,15 @@ def paged_logits(forward: Forward, probe: Tensor, shapes: list[KVShape], dtype: 
 
     spans = (PrefillSpan(0, first, own[:first]), PrefillSpan(first, first + tokens, copy))
     both = torch.cat([probe[:first], probe]), torch.cat([own[:first], own]) - 1
-    a = run(*both, Step(kv, torch.cat([own[:first], copy]), None, spans))
+    a = run(*both, Step(kv, torch.cat([own[:first], copy]), (), spans))
     b = run(
         probe[first:last],
         own[first:last] - 1,
-        Step(kv, own[first:last], None, (PrefillSpan(0, 2, own[:last]),)),
+        Step(kv, own[first:last], (), (PrefillSpan(0, 2, own[:last]),)),
     )
     length = torch.tensor([tokens], device=device)
     decode = DecodeSpan(None, own, length, torch.zeros(1, tokens, dtype=torch.bool, device=device))
-    c = run(probe[last:], own[last:] - 1, Step(kv, own[last:], decode, ()))
+    c = run(probe[last:], own[last:] - 1, Step(kv, own[last:], (decode,), ()))
     pieces = torch.cat([a[:first], b, c])
     return torch.stack([pieces, a[first:]])
 

@@ -22,14 +22,19 @@ class Found:
     head: str | None
 
 
-def watch(model: PreTrainedModel, forward: Callable[[], Any]) -> Found:
-    """Run ``forward`` and note every plain linear it calls. Linears it does not reach are sites of their own."""
+def watch(model: PreTrainedModel, forward: Callable[[], Any], tokens: int) -> Found:
+    """Run ``forward``, which keeps the logits of one row of several, and note every plain linear that it calls.
+
+    Linears that it does not reach, or that see the kept row only, are no sites: an adapter there would do nothing,
+    or be given rows that are not the batch's.
+    """
     head = model.get_output_embeddings()
     names = {m: n for n, m in model.named_modules() if _is_plain_linear(m) and m is not head}
     calls: list[tuple[str, Tensor]] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        calls.append((names[module], inputs[0]))
+        if inputs[0].numel() == tokens * inputs[0].shape[-1]:
+            calls.append((names[module], inputs[0]))
 
     hooks = [module.register_forward_pre_hook(note) for module in names]
     try:
@@ -37,11 +42,8 @@ def watch(model: PreTrainedModel, forward: Callable[[], Any]) -> Found:
     finally:
         for hook in hooks:
             hook.remove()
-    runs = _runs(calls)
-    reached = {name for run in runs for name in run}
-    runs += [(name,) for name in names.values() if name not in reached]
     head_name = next((n for n, m in model.named_modules() if m is head and _is_plain_linear(m)), None)
-    return Found(tuple(runs), head_name)
+    return Found(tuple(_runs(calls)), head_name)
 
 
 def _runs(calls: list[tuple[str, Tensor]]) -> list[tuple[str, ...]]:

@@ -33,7 +33,7 @@ class DecodeSpan:
     """One token of each of several sequences.
 
     rows:     [sequences] int64, rows of the batch, or None when they are all its rows in order
-    slots:    [sequences * context] int64, KV slots padded to the longest context with the scratch slot
+    slots:    [sequences * context] int64, KV slots padded with the scratch slot to one context for all
     lengths:  [sequences] int64, context length of each sequence
     hidden:   [sequences, context] bool, where the padding is
     """
@@ -45,7 +45,7 @@ class DecodeSpan:
 
     @property
     def context(self) -> int:
-        """Longest context among the sequences, in tokens."""
+        """Tokens that every sequence is padded to."""
         return self.hidden.shape[1]
 
     def before_window(self, window: int) -> Tensor:
@@ -88,7 +88,7 @@ class Step:
 
     kv: PagedKV
     write_slots: Tensor
-    decode: DecodeSpan | None
+    decode: tuple[DecodeSpan, ...]
     prefill: tuple[PrefillSpan, ...]
     kernels: Kernels | None = None
     rows: Rows | None = None

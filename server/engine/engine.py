@@ -69,7 +69,8 @@ class Engine:
         self.runner = Runner(backbone, self.kernels, kv, size)
         self.residency = Residency(Path(config.store), backbone, geometry, self.arena, self.runner.forget)
         self.pages = PagePool(pages, size)
-        self.scheduler = Scheduler(self.pages, self.residency, config.batch_tokens_max, config.batch_requests_max)
+        limits = config.batch_tokens_max, config.batch_requests_max
+        self.scheduler = Scheduler(self.pages, self.residency, *limits, clock)
 
     @classmethod
     def load(cls, config: EngineConfig) -> "Engine":
@@ -140,6 +141,9 @@ class Engine:
     def _run(self, batch: Batch) -> list[Event]:
         try:
             sampled = self.runner.run(batch)
+        except torch.AcceleratorError:
+            # the device's context is lost: only a new process gets a working one
+            raise
         except Exception:
             # one of the three broad excepts: whatever breaks a step must not take the other requests with it
             logger.exception("step failed: %d requests, %d rows", len(batch.items), batch.tokens)
@@ -149,12 +153,11 @@ class Engine:
     def _stats(self, batch: Batch, step_s: float) -> StepStats:
         memory = self.residency.stats()
         waiting = self.scheduler.waiting
-        blocks = {item.request.lease.block.key for item in batch.items if item.request.lease is not None}
         return StepStats(
             step_s=step_s,
             rows=batch.tokens,
             prefill_tokens=batch.prefill_tokens,
-            distinct_adapters=len(blocks),
+            distinct_adapters=batch.distinct_adapters,
             requests_running=len(self.scheduler.running),
             requests_waiting=len(waiting),
             tokens_waiting=sum(request.length_max for request in waiting),

@@ -7,7 +7,7 @@ from weft.adapters_store.catalog import Catalog
 from weft.server.backbone.model import Backbone
 from weft.server.engine.config import EngineConfig
 from weft.server.engine.engine import Engine
-from weft.server.engine.messages import Digest, Failed, Forget, Prepare, Prepared, Refused, RequestId, Submit, Tokens
+from weft.server.engine.messages import Abort, Digest, Failed, Forget, Prepare, Prepared, Refused, RequestId, Submit, Tokens
 
 CHUNK_BYTES = 1 << 20
 
@@ -60,14 +60,18 @@ class OfflineEngine:
         open_ids = set(tokens)
         for submit in submits:
             self.engine.handle(submit)
-        while open_ids:
-            for event in self.engine.step():
-                if isinstance(event, Failed) and event.id in open_ids:
-                    raise RequestFailed(event)
-                if isinstance(event, Tokens) and event.id in open_ids:
-                    tokens[event.id] += event.tokens
-                    if event.finish is not None:
-                        open_ids.discard(event.id)
+        try:
+            while open_ids:
+                for event in self.engine.step():
+                    if isinstance(event, Failed) and event.id in open_ids:
+                        raise RequestFailed(event)
+                    if isinstance(event, Tokens) and event.id in open_ids:
+                        tokens[event.id] += event.tokens
+                        if event.finish is not None:
+                            open_ids.discard(event.id)
+        finally:
+            for id in open_ids:
+                self.engine.handle(Abort(id))
         return tokens
 
     def _prepare(self, digest: Digest) -> Prepared:

@@ -18,18 +18,20 @@ class PagePool:
         """Pages that this many tokens need."""
         return -(-tokens // self.page_tokens)
 
-    def allocate(self, tokens: int) -> tuple[int, ...] | None:
-        """Pages for this many tokens, or None when they are not free now."""
-        count = self.count(tokens)
-        if count > len(self._free):
-            return None
-        return tuple(self._free.pop() for _ in range(count))
+    def fits(self, tokens: int) -> bool:
+        """Whether pages for this many tokens are free now."""
+        return self.count(tokens) <= len(self._free)
+
+    def allocate(self, tokens: int) -> tuple[int, ...]:
+        """Pages for this many tokens; the caller has asked whether they fit."""
+        assert self.fits(tokens)
+        return tuple(self._free.pop() for _ in range(self.count(tokens)))
 
     def release(self, pages: tuple[int, ...]) -> None:
         """Give pages back."""
         self._free.extend(pages)
 
     def check(self) -> None:
-        """Every page is free at most once and none is lost to nobody."""
+        """Every page is free at most once."""
         assert len(set(self._free)) == len(self._free)
         assert 0 not in self._free

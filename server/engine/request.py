@@ -21,7 +21,7 @@ class Request:
     output: list[int] = field(default_factory=list)
     computed: int = 0
     lease: Lease | None = None
-    lease_s: float | None = None  # when the adapter was there
+    missed_s: float | None = None  # when it could first have run, had its adapter been there
     pages: tuple[int, ...] = ()
     slots: Tensor | None = None
 

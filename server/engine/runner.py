@@ -17,6 +17,15 @@ from weft.server.engine.scheduler import Batch, Item
 ROWS_KEPT = 8
 
 
+def padded_context(tokens: int) -> int:
+    """The context that a sequence of this many tokens is padded to: at most a quarter more, or 64 in all.
+
+    It depends on nothing but the length, so the sums over a context are the same in any company.
+    """
+    step = max(64, 1 << max(0, (tokens - 1).bit_length() - 3))
+    return -(-tokens // step) * step
+
+
 class Runner:
     """Runs one batch at a time on the backbone's device."""
 
@@ -26,7 +35,7 @@ class Runner:
         self._kv = kv
         self._page_tokens = page_tokens
         self._rows: OrderedDict[tuple[tuple[int, int, int, int], ...], Rows] = OrderedDict()
-        self._table: tuple[tuple[Request, ...], Tensor] | None = None
+        self._tables: tuple[dict[int, list[Request]], list[Tensor]] = ({}, [])
 
     def run(self, batch: Batch) -> list[int | None]:
         """One token per sampling item, in the batch's order; None where the logits were not finite."""
@@ -37,7 +46,7 @@ class Runner:
         step = Step(
             kv=self._kv,
             write_slots=self._tensor(slots),
-            decode=self._decode_span(batch, starts),
+            decode=self._decode_spans(batch, starts),
             prefill=self._prefill_spans(batch, starts),
             kernels=self._kernels,
             rows=self._adapter_rows([(item, item.count) for item in batch.items]),
@@ -45,6 +54,7 @@ class Runner:
         )
         keep = self._tensor([row for _, row in sampling])
         logits = self._backbone.forward(self._tensor(ids), self._tensor(positions), keep, step)
+        assert len(logits) == len(sampling), "the model keeps the logits it is asked for"
         requests = [item.request for item, _ in sampling]
         return pick(logits, [r.submit.sampling for r in requests], [r.length for r in requests])
 
@@ -70,17 +80,20 @@ class Runner:
                 slots.append(pages[position // size] * size + position % size)
         return starts, ids, positions, slots
 
-    def _decode_span(self, batch: Batch, starts: list[int]) -> DecodeSpan | None:
-        picked = [(item, start) for item, start in zip(batch.items, starts, strict=True) if item.count == 1]
-        if not picked:
-            return None
-        table = self._slot_table(tuple(item.request for item, _ in picked))
-        lengths = self._tensor([item.start + 1 for item, _ in picked])
-        context = max(item.start + 1 for item, _ in picked)
-        hidden = torch.arange(context, device=table.device) >= lengths[:, None]
-        slots = table[:, :context].masked_fill(hidden, 0).flatten()
-        rows = None if len(picked) == batch.tokens else self._tensor([start for _, start in picked])
-        return DecodeSpan(rows, slots, lengths, hidden)
+    def _decode_spans(self, batch: Batch, starts: list[int]) -> tuple[DecodeSpan, ...]:
+        """Single tokens, by the context that their sequences are padded to: a long one costs no short one."""
+        like: dict[int, list[tuple[Item, int]]] = {}
+        for item, start in zip(batch.items, starts, strict=True):
+            if item.count == 1:
+                like.setdefault(padded_context(item.start + 1), []).append((item, start))
+        tables = self._slot_tables({context: [item.request for item, _ in same] for context, same in like.items()})
+        spans = []
+        for (context, same), table in zip(like.items(), tables, strict=True):
+            lengths = self._tensor([item.start + 1 for item, _ in same])
+            hidden = torch.arange(context, device=table.device) >= lengths[:, None]
+            rows = None if len(same) == batch.tokens else self._tensor([start for _, start in same])
+            spans.append(DecodeSpan(rows, table.masked_fill(hidden, 0).flatten(), lengths, hidden))
+        return tuple(spans)
 
     def _prefill_spans(self, batch: Batch, starts: list[int]) -> tuple[PrefillSpan, ...]:
         spans = []
@@ -91,21 +104,26 @@ class Runner:
                 spans.append(PrefillSpan(start, start + item.count, known))
         return tuple(spans)
 
-    def _slot_table(self, requests: tuple[Request, ...]) -> Tensor:
-        """[requests, longest] KV slots of all positions each request may reach; kept while membership lasts."""
-        if self._table is None or self._table[0] != requests:
-            slots = [request.slots for request in requests if request.slots is not None]
-            padded = torch.nn.utils.rnn.pad_sequence(slots, batch_first=True)
-            self._table = (requests, padded.to(self._backbone.device))
-        return self._table[1]
+    def _slot_tables(self, like: dict[int, list[Request]]) -> list[Tensor]:
+        """Per padded context, [requests, context] KV slots; kept while the same requests stand together."""
+        if self._tables[0] != like:
+            tables = []
+            for context, requests in like.items():
+                table = torch.zeros(len(requests), context, dtype=torch.int64)
+                for row, request in zip(table, requests, strict=True):
+                    assert request.slots is not None
+                    known = request.slots[:context]
+                    row[: known.numel()] = known
+                tables.append(table.to(self._backbone.device))
+            self._tables = (like, tables)
+        return self._tables[1]
 
     def _adapter_rows(self, parts: list[tuple[Item, int]]) -> Rows | None:
         """The kernels' view of which rows carry which block; the same object while nothing changes."""
         segments: list[Segment] = []
         start = 0
         for item, count in parts:
-            lease = item.request.lease
-            segments.append(Segment(start, start + count, None if lease is None else lease.block))
+            segments.append(Segment(start, start + count, item.block))
             start += count
         if all(segment.block is None for segment in segments):
             return None

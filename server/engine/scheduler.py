@@ -12,6 +12,7 @@ import torch
 
 from weft.adapters_store.errors import AdapterError
 from weft.adapters_store.residency import Lease
+from weft.kernels.batch import Block
 from weft.server.engine.failures import failure_of
 from weft.server.engine.messages import Event, Failed, Failure, FinishReason, RequestId, Scheduled, Tokens
 from weft.server.engine.pages import PagePool
@@ -23,12 +24,19 @@ ADAPTER_PATIENCE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A request's part in a step: ``count`` tokens from position ``start``; ``samples`` when the last one is new."""
+    """A request's part in a step: ``count`` tokens from position ``start``.
+
+    samples:  the last of them is followed by a new one
+    prefill:  they are of the prompt
+    block:    the adapter's operators, None for base rows
+    """
 
     request: Request
     start: int
     count: int
     samples: bool
+    prefill: bool
+    block: Block | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +52,13 @@ class Batch:
 
     @property
     def prefill_tokens(self) -> int:
-        """Rows that are not the one new token of a decoding request."""
-        return sum(item.count for item in self.items if item.count > 1 or not item.request.output)
+        """Rows that are of prompts."""
+        return sum(item.count for item in self.items if item.prefill)
+
+    @property
+    def distinct_adapters(self) -> int:
+        """Adapters that its rows carry, the bare backbone not counted."""
+        return len({item.block.key for item in self.items if item.block is not None})
 
 
 class AdapterSource(Protocol):
@@ -66,6 +79,10 @@ class Scheduler:
         batch_requests_max: int,
         clock: Callable[[], float] = time.monotonic,
     ):
+        if batch_requests_max >= batch_tokens_max:
+            # a step in which everybody decodes must leave room for prompts
+            wanted = f"fewer requests than the {batch_tokens_max} of batch_tokens_max"
+            raise ValueError(f"batch_requests_max: expected {wanted}, got {batch_requests_max}")
         self._pages = pages
         self._adapters = adapters
         self._batch_tokens_max = batch_tokens_max
@@ -87,6 +104,9 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         """Queue a request; one that can never fit ends with REQUEST_TOO_LARGE instead."""
+        id = request.submit.id
+        assert id not in self._waiting and id not in self._running, "ids name one request at a time"
+        assert request.submit.prompt and request.submit.max_new_tokens > 0, "the door lets nothing else through"
         needed = self._pages.count(request.length_max)
         if needed > self._pages.total:
             limit = self._pages.total * self._pages.page_tokens
@@ -106,14 +126,10 @@ class Scheduler:
         self._admit()
         budget = self._batch_tokens_max
         items: list[Item] = []
-        for request in self._running.values():
-            if request.pending == 1 and budget > 0:
-                items.append(Item(request, request.computed, 1, samples=True))
-                budget -= 1
-        for request in self._running.values():
-            if request.pending > 1 and budget > 0:
-                count = min(request.pending, budget)
-                items.append(Item(request, request.computed, count, samples=count == request.pending))
+        for request in sorted(self._running.values(), key=lambda request: request.pending > 1):
+            count = min(request.pending, budget)
+            if count:
+                items.append(_item(request, count))
                 budget -= count
         items.sort(key=_adapter_order)
         return Batch(tuple(items))
@@ -176,33 +192,33 @@ class Scheduler:
         """
         now = self._clock()
         for request in tuple(self._waiting.values()):
-            if not self._hold_adapter(request):
-                if request.submit.id in self._waiting and now - request.submitted_s > ADAPTER_PATIENCE_S:
+            full = len(self._running) >= self._batch_requests_max
+            if full or not self._pages.fits(request.length_max):
+                return
+            # the lease comes last: one held in the queue would keep room from whoever is ahead
+            if not self._hold_adapter(request, now):
+                if request.missed_s is not None and now - request.missed_s > ADAPTER_PATIENCE_S:
                     return
                 continue
-            if len(self._running) >= self._batch_requests_max:
-                return
-            pages = self._pages.allocate(request.length_max)
-            if pages is None:
-                return
-            request.pages = pages
-            request.slots = self._slots(pages)
+            request.pages = self._pages.allocate(request.length_max)
+            request.slots = self._slots(request.pages)
             del self._waiting[request.submit.id]
             self._running[request.submit.id] = request
-            wait_s = (request.lease_s or now) - request.submitted_s if request.submit.adapter else 0.0
+            wait_s = 0.0 if request.missed_s is None else now - request.missed_s
             self._events.append(Scheduled(request.submit.id, now - request.submitted_s, wait_s))
 
-    def _hold_adapter(self, request: Request) -> bool:
+    def _hold_adapter(self, request: Request, now: float) -> bool:
         digest = request.submit.adapter
-        if digest is None or request.lease is not None:
+        if digest is None:
             return True
         try:
             request.lease = self._adapters.acquire(digest)
         except AdapterError as error:
+            request.missed_s = None
             self._retire(request, Failed(request.submit.id, failure_of(error), str(error)))
             return False
-        if request.lease is not None:
-            request.lease_s = self._clock()
+        if request.lease is None and request.missed_s is None:
+            request.missed_s = now
         return request.lease is not None
 
     def _slots(self, pages: tuple[int, ...]) -> torch.Tensor:
@@ -210,6 +226,10 @@ class Scheduler:
         return (torch.tensor(pages)[:, None] * size + torch.arange(size)).flatten()
 
 
+def _item(request: Request, count: int) -> Item:
+    block = None if request.lease is None else request.lease.block
+    return Item(request, request.computed, count, count == request.pending, not request.output, block)
+
+
 def _adapter_order(item: Item) -> int:
-    lease = item.request.lease
-    return -1 if lease is None else lease.block.key
+    return -1 if item.block is None else item.block.key

@@ -58,9 +58,9 @@ class Variant:
         """Whether products are made in fp32."""
         return self.factors == "fp32" or self.tensors != self.factors
 
-    def constants(self) -> dict[str, int | bool]:
-        """Values of all constexpr parameters, and of num_warps and num_stages."""
-        tiles = tiles_for("default", self.exact)
+    def constants(self, nvidia: bool) -> dict[str, int | bool]:
+        """Values of all constexpr parameters and compiler options."""
+        tiles = tiles_for("default", self.exact, nvidia)
         features, planes, sites = GROUPS[self.group]
         span, split = tiles.split(features)
         assert split == planes
@@ -104,7 +104,7 @@ def variants() -> Iterator[Variant]:
 
 def compile_variant(variant: Variant, target: str) -> Mapping[str, int]:
     """Compile; returns ``registers``, ``spilled`` bytes (or lanes) of scratch memory and ``shared`` bytes."""
-    kernel, constants = KERNELS[variant.kernel], variant.constants()
+    kernel, constants = KERNELS[variant.kernel], variant.constants(TARGETS[target].backend == "cuda")
     types = {"x_ptr": f"*{variant.tensors}", "y_ptr": f"*{variant.tensors}", "factors_ptr": f"*{variant.factors}"}
     types |= {"vectors_ptr": "*fp32", "h_ptr": "*fp32"}
     signature, values, attributes = {}, {}, {}
@@ -118,7 +118,7 @@ def compile_variant(variant: Variant, target: str) -> Mapping[str, int]:
         if variant.aligned if theirs else name.endswith("_ptr"):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    options = {name: constants[name] for name in ("num_warps", "num_stages")}
+    options = {name: value for name, value in constants.items() if name.islower()}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     usage = _amd(compiled.asm["amdgcn"]) if "amdgcn" in compiled.asm else _nvidia(compiled.asm["cubin"])
     return {**usage, "shared": compiled.metadata.shared}

@@ -1,11 +1,14 @@
 """What adapters add to a group's outputs, against the oracle in fp64."""
 
+import math
+
 import pytest
 import torch
 
 from tests.kernels.conftest import Implementation
 from tests.kernels.examples import (
     GROUPS,
+    LONG,
     MIXES,
     Kinds,
     Loaded,
@@ -15,6 +18,7 @@ from tests.kernels.examples import (
 )
 from weft.kernels import reference
 from weft.kernels.batch import BatchError, Segment
+from weft.kernels.layout import Geometry, SiteShape, SiteTerms
 
 KINDS = {
     "low-rank": Kinds(kron=False, vectors=False),
@@ -36,6 +40,40 @@ def test_outputs_match_the_oracle(
     got = applied(implementation.load(loaded), segments, y, x, group)
     want = reference.apply(y, x, segments, group, loaded.arena, loaded.geometry)
     assert_no_worse_than_torch(got, plain_torch(y, x, segments, group, loaded), want)
+
+
+@pytest.mark.parametrize("group", range(len(GROUPS)))
+def test_outputs_of_long_prompts_match_the_oracle(
+    implementation: Implementation, dtype: torch.dtype, group: int
+) -> None:
+    loaded = Loaded.random(dtype, 4, Kinds(), seed=3, device=implementation.device)
+    segments = loaded.segments(LONG)
+    y, x = loaded.tensors(segments[-1].stop, group, dtype)
+    got = applied(implementation.load(loaded), segments, y, x, group)
+    want = reference.apply(y, x, segments, group, loaded.arena, loaded.geometry)
+    assert_no_worse_than_torch(got, plain_torch(y, x, segments, group, loaded), want)
+
+
+def test_long_sums_match_the_oracle(implementation: Implementation, dtype: torch.dtype) -> None:
+    """Inputs so wide that their products are made in parts; sizes that divide by 16."""
+    of = Geometry((SiteShape(1088, 64), SiteShape(1088, 32)), (2,), dtype)
+    noise = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=noise) / math.sqrt(size[-1])
+
+    kron = ((normal(8, 8), normal(8, 136)),)
+    adapters = [
+        {0: SiteTerms((normal(5, 1088), normal(64, 5))), 1: SiteTerms((normal(16, 1088), normal(32, 16)))},
+        {0: SiteTerms((normal(3, 1088), normal(64, 3)), kron, beta=normal(64))},
+        {1: SiteTerms((normal(33, 1088), normal(32, 33)), sigma=normal(32))},
+    ]
+    loaded = Loaded.of(of, adapters, implementation.device)
+    segments = loaded.segments(LONG)
+    y, x = loaded.tensors(segments[-1].stop, 0, dtype)
+    got = applied(implementation.load(loaded), segments, y, x, 0)
+    want = reference.apply(y, x, segments, 0, loaded.arena, of)
+    assert_no_worse_than_torch(got, plain_torch(y, x, segments, 0, loaded), want)
 
 
 @pytest.mark.parametrize("mix", MIXES)

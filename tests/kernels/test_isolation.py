@@ -56,7 +56,7 @@ def test_a_row_does_not_see_its_neighbours_adapters(
     rows = slice(start, start + lengths[watched])
     kernels = implementation.load(loaded)
     first = None
-    for others in OTHERS:
+    for others in OTHERS[::2] if INTERPRETED else OTHERS:
         got = applied(kernels, batch(loaded, lengths, watched, others), y, x, group)[rows]
         first = got if first is None else first
         assert_bit_equal(got, first)

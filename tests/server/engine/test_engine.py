@@ -115,9 +115,6 @@ def test_non_finite_rows_do_not_touch_their_neighbours(tmp_path, folders):
     submits = [Submit(RequestId(str(i)), p, 6, adapter=d) for i, (d, p) in enumerate([(good, PROMPT), (bad, PROMPT)])]
     with pytest.raises(RequestFailed):
         engine.run(submits)
-    # the failed request is gone; the other one is still running and ends as it would have alone
-    assert [r.submit.id for r in engine.engine.scheduler.running] == ["0"]
-    engine.engine.scheduler.abort(RequestId("0"))
     assert ask(engine, (good, PROMPT), (good, PROMPT[:3])) == alone
     assert engine.engine.pages.used == 0
 

@@ -44,10 +44,10 @@ class FakeResidency:
         self.held.remove(lease.digest)
 
 
-def make(pages=64, tokens=16, requests=8, there=("a", "b"), now=1.0):
+def make(pages=64, tokens=16, requests=8, there=("a", "b"), clock=lambda: 1.0):
     residency = FakeResidency(set(there))
     pool = PagePool(pages, 4)
-    return Scheduler(pool, residency, tokens, requests, clock=lambda: now), residency, pool
+    return Scheduler(pool, residency, tokens, requests, clock=clock), residency, pool
 
 
 def submit(scheduler, id, prompt=3, new=2, adapter=None, stop=()):
@@ -81,7 +81,7 @@ def test_a_stop_token_is_the_last_one():
 
 
 def test_a_long_prompt_is_cut_into_chunks_while_others_decode():
-    scheduler, _, _ = make(tokens=8)
+    scheduler, _, _ = make(tokens=8, requests=4)
     submit(scheduler, "short", prompt=2, new=9)
     run_step(scheduler)
     submit(scheduler, "long", prompt=18, new=2)
@@ -111,12 +111,30 @@ def test_a_request_that_waits_for_its_adapter_is_overtaken():
 
 
 def test_a_request_that_has_waited_long_for_its_adapter_is_not_overtaken_any_more():
-    scheduler, residency, _ = make(there=["a"], now=1.0 + ADAPTER_PATIENCE_S)
+    clock = iter([1.0, 1.0 + ADAPTER_PATIENCE_S, 1.1 + ADAPTER_PATIENCE_S, 9.0])
+    scheduler, residency, _ = make(there=["a"], clock=lambda: next(clock))
     submit(scheduler, "large", adapter="late")
-    submit(scheduler, "small", adapter="a")
+    submit(scheduler, "small", new=1, adapter="a")
+    assert [i.request.submit.id for i in run_step(scheduler)[0].items] == ["small"]
+    submit(scheduler, "next", new=1, adapter="a")
+    assert [i.request.submit.id for i in run_step(scheduler)[0].items] == ["next"]
+    submit(scheduler, "last", new=1, adapter="a")
     assert not run_step(scheduler)[0].items
     residency.there.add("late")
-    assert [i.request.submit.id for i in run_step(scheduler)[0].items] == ["small", "large"]
+    assert [i.request.submit.id for i in run_step(scheduler)[0].items] == ["last", "large"]
+
+
+def test_a_request_that_is_not_admitted_holds_no_adapter():
+    scheduler, residency, _ = make(requests=1)
+    submit(scheduler, "first", new=5, adapter="a")
+    submit(scheduler, "second", adapter="b")
+    run_step(scheduler)
+    assert residency.held == ["a"]
+
+
+def test_every_running_request_must_fit_a_step_and_leave_room():
+    with pytest.raises(ValueError, match="batch_requests_max: expected fewer requests than the 8 .* got 8"):
+        make(tokens=8, requests=8)
 
 
 def test_a_request_that_waits_for_pages_is_not_overtaken():

@@ -56,7 +56,7 @@ def test_the_engine_on_a_gpu_gets_the_tokens_of_the_twins(family, dtype, tmp_pat
     def run(kernels: str, device: str) -> dict[RequestId, list[int]]:
         config = EngineConfig(
             model="tiny", store=str(tmp_path / f"{kernels}-{device}"), kernels=kernels,
-            adapter_memory_bytes_max=4 << 20, kv_bytes_max=4 << 20, batch_tokens_max=48,
+            adapter_memory_bytes_max=4 << 20, kv_bytes_max=4 << 20, batch_tokens_max=48, batch_requests_max=40,
         )  # fmt: skip
         engine = OfflineEngine(config, Backbone(moved(build(family).to(dtype), torch.device(device))))
         digests = {kind: engine.register(kind, folder) for kind, folder in folders.items()}
