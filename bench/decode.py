@@ -1,4 +1,4 @@
-"""`weft bench decode`: tokens per second of one batch, base and with adapters, on a random backbone of a real shape.
+"""`weft bench decode`: new tokens per second of one batch, base and with adapters, on a random model of a real shape.
 
 Cases run in turn, round after round, so that whatever else the machine does hits all of them; medians are reported.
 """
@@ -65,6 +65,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16, help="rank of the low-rank adapters, on all linears")
+    parser.add_argument("--adapter-memory-gib", type=int, default=2, help="arena of the engine that has adapters")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; every case runs once in each")
     parser.add_argument("--peer", choices=("none", "peft"), default="none", help="time this library in the same run")
     parser.add_argument("--out", default="", help="file for the JSON report")
@@ -73,40 +74,57 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _weft_cases(options: argparse.Namespace, folder: Path) -> list[Case]:
-    device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    model = moved(workload.random_model(workload.shape(options.shape), dtype), device)
-    config = EngineConfig(model=options.shape, store=str(folder / "store"), device=options.device)
-    engine = OfflineEngine(config, Backbone(model))
+    bare, engine = _engine(options, folder / "bare"), _engine(options, folder / "store")
     sites = workload.body_sites(engine.engine.backbone.info)
+    count, third = options.requests, -(-options.requests // 3)
+    folders = {
+        **{f"low{i}": workload.write_low_rank(folder / f"low{i}", sites, options.rank, i) for i in range(count)},
+        **{f"kron{i}": workload.write_kron(folder / f"kron{i}", sites, i) for i in range(third)},
+        **{f"scale{i}": workload.write_scale(folder / f"scale{i}", sites, i) for i in range(third)},
+    }
+    digests = {name: engine.register(name, made) for name, made in folders.items()}
+    low: list[Digest | None] = [digests[f"low{i}"] for i in range(count)]
+    mixed: list[Digest | None] = [digests[f"{kind}{i}"] for i in range(third) for kind in ("low", "kron", "scale")]
+    cases = [
+        Case(BASELINE, "an engine that has no adapter", *_batch(options, bare, [None])),
+        Case("unused", f"{len(digests)} adapters registered, none named", *_batch(options, engine, [None])),
+        Case("one", "one LoRA for all requests", *_batch(options, engine, low[:1])),
+        Case("distinct", f"{count} distinct LoRA", *_batch(options, engine, low)),
+    ]
+    if count >= len(("low", "kron", "scale")):
+        cases.append(Case("mixed", "LoRA, KronA and (IA)³ by turns, all distinct", *_batch(options, engine, mixed)))
+    for case in cases:
+        case.run()
+    resident, wanted = engine.engine.stats().adapters_resident, len({*low, *mixed[:count]})
+    if resident < wanted:
+        raise SystemExit(f"adapters resident: expected {wanted}, got {resident}: raise --adapter-memory-gib")
+    return cases
+
+
+def _engine(options: argparse.Namespace, store: Path) -> OfflineEngine:
+    device = choose_device(options.device)
+    model = workload.random_model(workload.shape(options.shape), choose_dtype(options.dtype, device))
+    memory = options.adapter_memory_gib << 30
+    config = EngineConfig(
+        model=options.shape,
+        store=str(store),
+        device=options.device,
+        adapter_memory_bytes_max=memory,
+        working_set_bytes_max=4 * memory,
+    )
+    return OfflineEngine(config, Backbone(moved(model, device)))
+
+
+def _batch(
+    options: argparse.Namespace, engine: OfflineEngine, adapters: Sequence[Digest | None]
+) -> tuple[Callable[[], None], int]:
+    """What a case runs, all requests at once, and how many tokens that makes."""
     prompts = workload.prompts(options.requests, options.prompt_tokens, engine.engine.backbone.vocabulary)
-
-    def batch(adapters: Sequence[Digest | None]) -> Callable[[], None]:
-        submits = [
-            Submit(RequestId(str(i)), prompt, options.new_tokens, adapter=adapters[i % len(adapters)])
-            for i, prompt in enumerate(prompts)
-        ]
-        return lambda: _discard(engine.run(submits))
-
-    tokens = options.requests * options.new_tokens
-    cases = [Case(BASELINE, "the bare backbone, before any adapter exists", batch([None]), tokens)]
-    cases[0].run()
-    count = options.requests
-    low = [
-        engine.register(f"low{i}", workload.write_low_rank(folder / f"low{i}", sites, options.rank, i))
-        for i in range(count)
+    submits = [
+        Submit(RequestId(str(i)), prompt, options.new_tokens, adapter=adapters[i % len(adapters)])
+        for i, prompt in enumerate(prompts)
     ]
-    third = -(-count // 3)
-    kron = [engine.register(f"kron{i}", workload.write_kron(folder / f"kron{i}", sites, i)) for i in range(third)]
-    scale = [engine.register(f"scale{i}", workload.write_scale(folder / f"scale{i}", sites, i)) for i in range(third)]
-    mixed: list[Digest | None] = [adapter for trio in zip(low, kron, scale, strict=False) for adapter in trio]
-    return [
-        *cases,
-        Case("unused", f"{count} adapters registered, none named", batch([None]), tokens),
-        Case("one", "one LoRA for all requests", batch(low[:1]), tokens),
-        Case("distinct", f"{count} distinct LoRA", batch(list(low)), tokens),
-        Case("mixed", "LoRA, KronA and (IA)³ by turns, all distinct", batch(mixed), tokens),
-    ]
+    return lambda: _discard(engine.run(submits)), options.requests * options.new_tokens
 
 
 def _discard(_: object) -> None:
@@ -130,7 +148,7 @@ def _measure(cases: Sequence[Case], repeats: int, console: Console) -> dict[str,
 def _workload_words(options: argparse.Namespace) -> str:
     return (
         f"{options.requests} requests at once, {options.prompt_tokens} prompt tokens and {options.new_tokens} new "
-        f"tokens each, greedy, random weights of the {options.shape} shape, rank {options.rank} on all linears"
+        f"tokens each (the rate counts new tokens over prefill and decode), greedy, random weights of the {options.shape} shape, rank {options.rank} on all linears"
     )
 
 
@@ -145,11 +163,20 @@ def _report(options: argparse.Namespace, cases: Sequence[Case], rates: dict[str,
         }
         for case in cases
     ]
-    return {"workload": _workload_words(options), "rounds": options.repeats, **record.circumstances(), "rows": rows}
+    device = choose_device(options.device)
+    return {
+        "workload": _workload_words(options),
+        "rounds": options.repeats,
+        "dtype": str(choose_dtype(options.dtype, device)).removeprefix("torch."),
+        "device": str(device),
+        "kernels": "triton" if device.type == "cuda" else "torch",
+        **record.circumstances(device),
+        "rows": rows,
+    }
 
 
 def _print(console: Console, options: argparse.Namespace, cases: Sequence[Case], rates: dict[str, list[float]]) -> None:
-    about = record.circumstances()
+    about = record.circumstances(choose_device(options.device))
     table = Table(title=f"tokens/s — {_workload_words(options)}", caption=f"{about['machine']}, {about['commit']}")
     for column in ("case", "what", "tok/s", "p20–p80", "of base"):
         table.add_column(column, justify="left" if column in ("case", "what") else "right")

@@ -27,7 +27,7 @@ class Recorder:
         if report.when == "call" or report.outcome != "passed":
             row = {"case": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
             self._rows.append(row | ({"why": report.longreprtext[-2000:]} if report.outcome == "failed" else {}))
-            record.write(self._path, {**record.circumstances(), "rows": self._rows})
+            record.write(self._path, {**record.circumstances(torch.device("cuda")), "rows": self._rows})
 
 
 def main() -> int:

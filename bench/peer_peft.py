@@ -24,9 +24,11 @@ def cases(options: argparse.Namespace, folder: Path) -> list[Case]:
     with warnings.catch_warnings():
         # peft warns that these folders were not written by itself
         warnings.simplefilter("ignore")
-        peft = PeftModel.from_pretrained(model, str(folder / names[0]), adapter_name=names[0])
+        peft = PeftModel.from_pretrained(
+            model, str(folder / names[0]), adapter_name=names[0], autocast_adapter_dtype=False
+        )
         for name in names[1:]:
-            peft.load_adapter(str(folder / name), adapter_name=name)
+            peft.load_adapter(str(folder / name), adapter_name=name, autocast_adapter_dtype=False)
     peft.eval()
 
     def run(**how: Any) -> Callable[[], None]:

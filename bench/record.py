@@ -15,12 +15,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def circumstances() -> dict[str, object]:
+def circumstances(device: torch.device) -> dict[str, object]:
     """Machine, versions, commit and date of this run."""
     return {
-        "machine": _machine(),
+        "machine": _machine(device),
         "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "triton", "peft")},
         "python": platform.python_version(),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -44,9 +44,9 @@ def _tails(values: Sequence[float]) -> tuple[float, float]:
     return cuts[0], cuts[-1]
 
 
-def _machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

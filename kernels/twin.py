@@ -218,19 +218,23 @@ class TorchKernels(Kernels):
     def _apply_long(self, y: Tensor, x: Tensor, block: Block, group: int) -> None:
         members = self.geometry.members[group]
         words = block.directory.sites[members.start : members.stop].tolist()
-        inputs = x.float()
         hidden = None
         ranks = sum(row[RANK] for row in words)
         if ranks:
             first = min(row[A_OFF] for row in words if row[A_OFF])
             a = self._views.matrix(block.offset, first, ranks, x.shape[1])
-            hidden = inputs @ a.float().T
+            # bf16 is the one short dtype that CPUs multiply fast
+            native = x.dtype == a.dtype == torch.bfloat16
+            hidden = x @ a.T if native else x.float() @ a.float().T
         left = top = 0
         for site, row in zip(members, words, strict=True):
             right, rank = left + self.geometry.sites[site].out_features, row[RANK]
-            if rank or row[KRON_COUNT] or row[SIGMA_OFF] or row[BETA_OFF]:
-                part = None if hidden is None else hidden[:, top : top + rank]
-                self._add_long(y[:, left:right], inputs, part, block, site)
+            part = hidden[:, top : top + rank] if hidden is not None and rank else None
+            if row[KRON_COUNT] or row[SIGMA_OFF] or row[BETA_OFF]:
+                self._add_long(y[:, left:right], x, part, block, site)
+            elif part is not None:
+                b = self._views.matrix(block.offset, row[B_OFF], rank, right - left)
+                _add_product(y[:, left:right], part, b)
             left, top = right, top + rank
 
     def _add_long(self, y: Tensor, x: Tensor, hidden: Tensor | None, block: Block, site: int) -> None:
@@ -239,13 +243,21 @@ class TorchKernels(Kernels):
         sigma = self._views.vector(block.offset, row[SIGMA_OFF], tall)
         if sigma is not None:
             total = total * sigma
-        if hidden is not None and hidden.shape[1]:
-            b = self._views.matrix(block.offset, row[B_OFF], hidden.shape[1], tall)
-            total = torch.addmm(total, hidden, b.float())
+        if hidden is not None:
+            b = self._views.matrix(block.offset, row[B_OFF], row[RANK], tall)
+            total = torch.addmm(total, hidden.float(), b.float())
         for term in block.directory.krons[site]:
             w1 = self._views.matrix(block.offset, term.w1_off, term.o1, term.i1).float()
             w2 = self._views.matrix(block.offset, term.w2_off, term.o2, term.i2).float()
-            folded = x.reshape(-1, term.i2) @ w2.T
+            folded = x.reshape(-1, term.i2).float() @ w2.T
             total = total + torch.matmul(w1, folded.view(-1, term.i1, term.o2)).view(-1, tall)
         beta = self._views.vector(block.offset, row[BETA_OFF], tall)
         y.copy_(total if beta is None else total + beta)
+
+
+def _add_product(y: Tensor, hidden: Tensor, b: Tensor) -> None:
+    """y += hidden b, rounded once."""
+    if y.dtype == hidden.dtype == b.dtype:
+        y.addmm_(hidden, b)
+    else:
+        y.copy_(torch.addmm(y.float(), hidden.float(), b.float()))

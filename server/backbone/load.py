@@ -17,13 +17,21 @@ logger = logging.getLogger(__name__)
 
 def choose_device(name: str) -> torch.device:
     """``auto`` is the first CUDA device, or the CPU where there is none."""
+    found = torch.cuda.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if found else "cpu"
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda, cuda:N or auto, got {name!r}")
+    if kind == "cuda" and not found:
+        raise ValueError(f"device: expected a CUDA device for {name!r}, got none on this machine")
     return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 where the device multiplies it in hardware, else float32."""
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"dtype: expected {', '.join(DTYPES)} or auto, got {name!r}")
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":

@@ -1,11 +1,11 @@
 """The load-time proof: the model calls our attention once a layer and, cut into paged pieces, computes what it did."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from weft.server.backbone.errors import UnsupportedBackbone
 from weft.server.backbone.step import DecodeSpan, PagedKV, PrefillSpan, Step
@@ -23,13 +23,18 @@ def census(model: PreTrainedModel, forward: Callable[[], Any]) -> list[KVShape]:
     Raises UnsupportedBackbone when a layer attends by other means than transformers' attention interface.
     """
     shapes: dict[int, KVShape] = {}
+    windows: dict[int, int | None] = {}
+    family = model.config.model_type
 
-    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Any:
+    def note(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         if options.get("s_aux") is not None:
-            raise UnsupportedBackbone(f"{model.config.model_type} uses attention sinks, which are not served")
+            raise UnsupportedBackbone(f"{family} uses attention sinks, which are not served")
+        if mask is not None:
+            raise UnsupportedBackbone(f"{family} makes an attention mask of its own, which paged batches cannot use")
         layer = module.layer_idx
         assert isinstance(layer, int)
         shapes[layer] = (key.shape[1], key.shape[3], value.shape[3])
+        windows[layer] = options.get("sliding_window")
         # only shapes matter here, so any values do
         return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
 
@@ -37,13 +42,47 @@ def census(model: PreTrainedModel, forward: Callable[[], Any]) -> list[KVShape]:
     model.set_attn_implementation("weft_census")
     with torch.inference_mode():
         forward()
-    layers = int(model.config.get_text_config().num_hidden_layers)
+    config = model.config.get_text_config()
+    layers = int(config.num_hidden_layers)
     if sorted(shapes) != list(range(layers)):
         raise UnsupportedBackbone(
-            f"{model.config.model_type} ignores transformers' attention interface: "
+            f"{family} ignores transformers' attention interface: "
             f"expected attention calls from {layers} layers, got {len(shapes)}"
         )
+    problem = _hidden_in_the_mask(config, windows) or _shared_by_the_batch(config)
+    if problem is not None:
+        raise UnsupportedBackbone(f"{family} {problem}")
     return [shapes[layer] for layer in range(layers)]
+
+
+def _hidden_in_the_mask(config: PreTrainedConfig, windows: Mapping[int, int | None]) -> str | None:
+    """What only the mask would have said: the probe is too short to meet a window, and no mask is ever made."""
+    if getattr(config, "attention_chunk_size", None):
+        return "attends in chunks, which paged batches cannot see"
+    if getattr(config, "sliding_window", None) is None:
+        return None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(windows)
+    silent = [i for i, kind in enumerate(kinds) if "sliding" in kind and windows.get(i) is None]
+    if not silent:
+        return None
+    return f"has a sliding window of {config.sliding_window} that layers {silent[:4]} do not tell their attention"
+
+
+def _shared_by_the_batch(config: PreTrainedConfig) -> str | None:
+    """Rope whose frequencies follow the longest sequence of a batch: a neighbour would change a request's answer."""
+    found = set(_rope_types(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)))
+    shared = sorted(found & {"dynamic", "longrope"})
+    return f"uses {shared[0]} rope, whose frequencies depend on the other requests in a batch" if shared else None
+
+
+def _rope_types(parameters: object) -> Iterator[str]:
+    """Every ``rope_type`` in a configuration's rope parameters, which some families keep per kind of layer."""
+    if isinstance(parameters, Mapping):
+        kind = parameters.get("rope_type", parameters.get("type"))
+        if isinstance(kind, str):
+            yield kind
+        for value in parameters.values():
+            yield from _rope_types(value)
 
 
 def paged_logits(forward: Forward, probe: Tensor, shapes: list[KVShape], dtype: torch.dtype) -> Tensor:

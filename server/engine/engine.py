@@ -59,12 +59,7 @@ class Engine:
         self.kernels = dispatch.load(config.kernels, self.arena.buffer, geometry, config.working_set_bytes_max)
         size = config.page_tokens
         pages = kv_slots(backbone.kv_shapes, config.kv_bytes_max, backbone.dtype) // size
-        if pages < 2:
-            raise ValueError(
-                f"kv_bytes_max: expected room for at least 2 pages of {size} tokens, got {config.kv_bytes_max} bytes"
-            )
-        kv = PagedKV(backbone.kv_shapes, pages * size, backbone.dtype, backbone.device)
-        kv.clear_scratch(size)
+        kv = _allocate_kv(backbone, config, pages)
         self._page_bytes = size * kv.token_bytes(backbone.kv_shapes, backbone.dtype)
         self.runner = Runner(backbone, self.kernels, kv, size)
         self.residency = Residency(Path(config.store), backbone, geometry, self.arena, self.runner.forget)
@@ -171,6 +166,19 @@ class Engine:
             adapter_hits=memory.hits,
             adapter_load_s=memory.load_s,
         )
+
+
+def _allocate_kv(backbone: Backbone, config: EngineConfig, pages: int) -> PagedKV:
+    """The pages of all keys and values; raises ValueError naming kv_bytes_max where it cannot be."""
+    size, limit = config.page_tokens, config.kv_bytes_max
+    if pages < 2:
+        raise ValueError(f"kv_bytes_max: expected room for at least 2 pages of {size} tokens, got {limit} bytes")
+    try:
+        kv = PagedKV(backbone.kv_shapes, pages * size, backbone.dtype, backbone.device)
+    except RuntimeError as error:
+        raise ValueError(f"kv_bytes_max: expected memory for {limit} bytes on {backbone.device}, got none") from error
+    kv.clear_scratch(size)
+    return kv
 
 
 def _result_event(result: PrepareResult) -> Event:

@@ -7,7 +7,18 @@ from weft.adapters_store.catalog import Catalog
 from weft.server.backbone.model import Backbone
 from weft.server.engine.config import EngineConfig
 from weft.server.engine.engine import Engine
-from weft.server.engine.messages import Abort, Digest, Failed, Forget, Prepare, Prepared, Refused, RequestId, Submit, Tokens
+from weft.server.engine.messages import (
+    Abort,
+    Digest,
+    Failed,
+    Forget,
+    Prepare,
+    Prepared,
+    Refused,
+    RequestId,
+    Submit,
+    Tokens,
+)
 
 CHUNK_BYTES = 1 << 20
 

@@ -4,6 +4,8 @@ import ctypes
 import logging
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 from weft.server.engine.config import EngineConfig
@@ -14,21 +16,53 @@ LOAD_POLL_S = 0.002
 PR_SET_PDEATHSIG = 1
 
 
-def main(connection: Connection, config: EngineConfig) -> None:
+def main(connection: "Connection[object, Command]", config: EngineConfig) -> None:
     """Serve until ``Shutdown`` or the death of the front. First message: Ready or StartFailed; then lists of events."""
     # the front decides when to stop; a Ctrl-C in the terminal reaches the whole process group
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    front = Front(connection)
     try:
-        _serve(connection, config)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        # the front is gone: nobody is left to answer
+        _serve(front, config)
+    except FrontGone:
+        # nobody is left to answer
         return
 
 
-def _serve(connection: Connection, config: EngineConfig) -> None:
+class FrontGone(Exception):
+    """The other end of the pipe is closed."""
+
+
+class Front:
+    """The engine's end of the pipe; tells the pipe's end from any other trouble."""
+
+    def __init__(self, connection: "Connection[object, Command]"):
+        self._connection = connection
+
+    def send(self, said: object) -> None:
+        """Say something to the front."""
+        with _gone_when_closed():
+            self._connection.send(said)
+
+    def commands(self, patience_s: float | None) -> Iterator[Command]:
+        """What the front has said by now; waits so long for the first, None for ever."""
+        with _gone_when_closed():
+            while self._connection.poll(patience_s):
+                yield self._connection.recv()
+                patience_s = 0
+
+
+@contextmanager
+def _gone_when_closed() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+        raise FrontGone from error
+
+
+def _serve(front: Front, config: EngineConfig) -> None:
     from weft.kernels.dispatch import KernelsUnavailable
     from weft.server.backbone.errors import BackboneError
     from weft.server.engine.engine import Engine
@@ -36,22 +70,19 @@ def _serve(connection: Connection, config: EngineConfig) -> None:
     try:
         engine = Engine.load(config)
     except (BackboneError, KernelsUnavailable, ValueError) as error:
-        connection.send(StartFailed(str(error)))
+        front.send(StartFailed(str(error)))
         return
-    connection.send(Ready(engine.info()))
-    connection.send([engine.stats()])
+    front.send(Ready(engine.info()))
+    front.send([engine.stats()])
     while True:
         idle = not engine.busy
-        patience = None if idle else 0 if engine.scheduler.running else LOAD_POLL_S
-        while connection.poll(patience):
-            command: Command = connection.recv()
+        patience_s = None if idle else 0 if engine.scheduler.running else LOAD_POLL_S
+        for command in list(front.commands(patience_s)):
             if isinstance(command, Shutdown):
                 return
             engine.handle(command)
-            patience = 0
-        events = engine.step()
-        if events:
-            connection.send(events)
+        if events := engine.step():
+            front.send(events)
 
 
 def _die_with_parent() -> None:

@@ -34,15 +34,16 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _draw(logits: Tensor, sampling: Sampling, position: int) -> int:
-    """Invert the distribution function over the kept tokens, most likely first; ties keep the order of ids."""
-    scores, ids = torch.sort(logits.double() / sampling.temperature, descending=True, stable=True)
-    if sampling.top_k > 0:
-        scores, ids = scores[: sampling.top_k], ids[: sampling.top_k]
+    """Invert the distribution function over the kept tokens; sorts only where what is kept depends on the order."""
+    scores, ids = logits.double() / sampling.temperature, None
+    if 0 < sampling.top_k < scores.numel():
+        scores, ids = scores.topk(sampling.top_k)
+    elif sampling.top_p < 1:
+        scores, ids = scores.sort(descending=True, stable=True)
     weights = torch.softmax(scores, dim=0).cumsum(dim=0)
     if sampling.top_p < 1:
         # the smallest set that reaches top_p: everything before the first token at which the sum does
-        kept = int((weights < sampling.top_p).sum()) + 1
-        weights, ids = weights[:kept], ids[:kept]
+        weights = weights[: int((weights < sampling.top_p).sum()) + 1]
     threshold = uniform(sampling.seed, position) * weights[-1]
-    index = int(torch.searchsorted(weights, threshold, right=True))
-    return int(ids[min(index, ids.numel() - 1)])
+    index = min(int(torch.searchsorted(weights, threshold, right=True)), weights.numel() - 1)
+    return index if ids is None else int(ids[index])

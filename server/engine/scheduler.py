@@ -105,8 +105,9 @@ class Scheduler:
     def submit(self, request: Request) -> None:
         """Queue a request; one that can never fit ends with REQUEST_TOO_LARGE instead."""
         id = request.submit.id
-        assert id not in self._waiting and id not in self._running, "ids name one request at a time"
-        assert request.submit.prompt and request.submit.max_new_tokens > 0, "the door lets nothing else through"
+        assert id not in self._waiting, "ids name one request at a time"
+        assert id not in self._running, "ids name one request at a time"
+        assert len(request.submit.prompt) * request.submit.max_new_tokens > 0, "the door lets nothing else through"
         needed = self._pages.count(request.length_max)
         if needed > self._pages.total:
             limit = self._pages.total * self._pages.page_tokens

@@ -9,12 +9,13 @@ from transformers import (
     BloomForCausalLM,
     FalconConfig,
     FalconForCausalLM,
+    LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from tests.support.backbones import FAMILIES, VOCABULARY, build
+from tests.support.backbones import COMMON, FAMILIES, VOCABULARY, build
 from weft.server.backbone import sites
 from weft.server.backbone.errors import BackboneNotFound, UnsupportedBackbone
 from weft.server.backbone.load import choose_dtype, load_model
@@ -81,6 +82,29 @@ def test_the_digest_is_of_the_weights():
 def test_families_that_ignore_the_attention_interface_are_refused_by_name(model):
     with pytest.raises(UnsupportedBackbone, match=r"ignores .* attention interface: expected .* 2 layers, got 0"):
         Backbone(model().eval())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_neighbours_would_change_is_refused(kind):
+    more = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **(more if kind == "longrope" else {})}
+    model = LlamaForCausalLM(LlamaConfig(**COMMON, num_hidden_layers=1, rope_parameters=rope))
+    with pytest.raises(UnsupportedBackbone, match=f"uses {kind} rope, whose frequencies depend on the other requests"):
+        Backbone(model.eval())
+
+
+def test_a_window_that_only_the_mask_knows_is_refused():
+    config = LlamaConfig(**COMMON, num_hidden_layers=2)
+    config.sliding_window = 8
+    with pytest.raises(UnsupportedBackbone, match=r"sliding window of 8 that layers \[0, 1\] do not tell"):
+        Backbone(LlamaForCausalLM(config).eval())
+
+
+def test_attention_in_chunks_is_refused():
+    config = LlamaConfig(**COMMON, num_hidden_layers=1)
+    config.attention_chunk_size = 8
+    with pytest.raises(UnsupportedBackbone, match="attends in chunks"):
+        Backbone(LlamaForCausalLM(config).eval())
 
 
 def test_an_encoder_decoder_is_refused():

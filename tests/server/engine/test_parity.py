@@ -24,7 +24,11 @@ class Family:
         self.name = name
         store = folder / "store"
         config = EngineConfig(
-            model=name, store=str(store), adapter_memory_bytes_max=8 << 20, kv_bytes_max=4 << 20, batch_tokens_max=24,
+            model=name,
+            store=str(store),
+            adapter_memory_bytes_max=8 << 20,
+            kv_bytes_max=4 << 20,
+            batch_tokens_max=24,
             batch_requests_max=20,
         )
         self.offline = OfflineEngine(config, Backbone(build(name)))

@@ -133,7 +133,7 @@ def test_a_request_that_is_not_admitted_holds_no_adapter():
 
 
 def test_every_running_request_must_fit_a_step_and_leave_room():
-    with pytest.raises(ValueError, match="batch_requests_max: expected fewer requests than the 8 .* got 8"):
+    with pytest.raises(ValueError, match=r"batch_requests_max: expected fewer requests than the 8 .* got 8"):
         make(tokens=8, requests=8)
 
 
