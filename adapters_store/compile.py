@@ -77,7 +77,7 @@ def block_bytes(parsed: ParsedAdapter, geometry: Geometry, catalogue: SiteCatalo
         )
         if krons:
             words = round_up(words, UNIT // WORD_BYTES) + krons * KRON_WORDS
-    return round_up(round_up(words * WORD_BYTES, UNIT) + body, ALIGN)
+    return round_up(round_up(words * WORD_BYTES, ALIGN) + body, ALIGN)
 
 
 def _summary(folded: Folded, size: int) -> SiteSummary:

@@ -146,10 +146,9 @@ def _measure(cases: Sequence[Case], repeats: int, console: Console) -> dict[str,
 
 
 def _workload_words(options: argparse.Namespace) -> str:
-    return (
-        f"{options.requests} requests at once, {options.prompt_tokens} prompt tokens and {options.new_tokens} new "
-        f"tokens each (the rate counts new tokens over prefill and decode), greedy, random weights of the {options.shape} shape, rank {options.rank} on all linears"
-    )
+    tokens = f"{options.prompt_tokens} prompt tokens and {options.new_tokens} new tokens each, greedy"
+    adapters = f"random weights of the {options.shape} shape, rank {options.rank} on all linears"
+    return f"{options.requests} requests at once, {tokens}; {adapters}; new tokens over the time of prefill and decode"
 
 
 def _report(options: argparse.Namespace, cases: Sequence[Case], rates: dict[str, list[float]]) -> dict[str, object]:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +13,7 @@ from statistics import median, quantiles
 
 import torch
 
+PACKAGES = ("torch", "transformers", "triton", "peft")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -20,7 +22,7 @@ def circumstances(device: torch.device) -> dict[str, object]:
     return {
         "machine": _machine(device),
         "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "triton", "peft")},
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "python": platform.python_version(),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -37,6 +39,13 @@ def write(path: Path, report: dict[str, object]) -> None:
     """Write a result file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _version(name: str) -> str:
+    """Empty where the package is not installed."""
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return ""
 
 
 def _tails(values: Sequence[float]) -> tuple[float, float]:

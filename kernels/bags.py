@@ -10,6 +10,8 @@ indices, of table rows times weights:
 
 So what a row gets depends on its own indices and on nothing else, bit for bit: not on its neighbours, their number,
 their ranks, or where an adapter lies. Matrix products promise no such thing: their order changes with their shape.
+Sums are made in fp32 and rounded to the factors' dtype, as matmuls in that dtype are.
+
 ``Pattern`` is what follows from shapes alone and is the same in all layers; ``Plan`` adds the places in the pool.
 """
 

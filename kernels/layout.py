@@ -7,9 +7,9 @@ because the header is there.
     header       HEADER_WORDS int32   magic, sites, nbytes / ALIGN, head units, 0, 0, 0, 0
     directory    int32 [sites, SITE_WORDS]
     kron tables  int32 [terms, KRON_WORDS] per site that has terms, each table at a whole UNIT
-    vectors      fp32, each at a whole UNIT: per site sigma, beta, sigma_in
     factors      from a multiple of ALIGN on, in the geometry's dtype, per group: A of every site, B of every site,
                  krons of every site
+    vectors      fp32, each at a whole UNIT: per site sigma, beta, sigma_in
 
 Ranks are exact. Rows of a factor begin at whole UNITs (a row of 100 bf16 numbers takes 104), so every row can
 be read with aligned vector loads, and the A of a group are together one [sum of ranks, in_features] matrix.
@@ -243,7 +243,7 @@ def unpack(geometry: Geometry, block: Tensor, head: Directory | None = None) -> 
 
 
 class _Plan:
-    """Offsets of every piece of one image; ``head`` holds the words up to the vectors."""
+    """Offsets of every piece of one image; ``head`` holds the words up to the factors."""
 
     def __init__(self, geometry: Geometry, terms: Mapping[int, SiteTerms]) -> None:
         self.pieces: list[tuple[int, Tensor, torch.dtype]] = []
@@ -257,8 +257,6 @@ class _Plan:
         self._units = head_units
         last_word = HEADER_WORDS + len(geometry.sites) * SITE_WORDS
         sites = self.head[HEADER_WORDS:last_word].reshape(-1, SITE_WORDS)
-        for site in sorted(terms):
-            self._place_vectors(sites[site], terms[site])
         # rows of most factors are whole cache lines; begin them at one
         self._units = round_up(self._units, ALIGN // UNIT)
         for members in geometry.members:
@@ -266,6 +264,8 @@ class _Plan:
             self._place_low_rank(sites, terms, present, geometry.dtype)
             for site in present:
                 self._place_krons(sites[site], terms[site], tables.get(site, 0), geometry.dtype)
+        for site in sorted(terms):
+            self._place_vectors(sites[site], terms[site])
         self.nbytes = round_up(self._units * UNIT, ALIGN)
         if self._units > np.iinfo(np.int32).max:
             raise LayoutError(f"image: expected at most {np.iinfo(np.int32).max * UNIT} bytes, got {self.nbytes}")

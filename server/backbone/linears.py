@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.kernels.batch import Rows
 from weft.kernels.dispatch import Kernels
+from weft.server.backbone.packed import Packed, pack
 from weft.server.backbone.step import active
 
 Scaled = tuple[tuple["AdaptedLinear", tuple[tuple[int, int], ...]], ...]
@@ -39,6 +40,13 @@ class AdaptedLinear(nn.Module):
         """The weight as [out, in], whatever the module stores."""
         return self.weight.t() if self.transposed else self.weight
 
+    def stored_weight(self) -> Tensor:
+        """The weight as transformers stores it; a copy where the group holds it packed."""
+        if self.group.packed is None:
+            return self.weight
+        part = self.group.packed.dense()[self.slice]
+        return part.t() if self.transposed else part
+
     def forward(self, x: Tensor) -> Tensor:
         """y = σ ⊙ Linear(σ_in ⊙ x) + Σ LowRank(x) + Σ Kron(x) + β, operators by row."""
         return self.group.output(x, self)
@@ -55,6 +63,7 @@ class LinearGroup:
         self._output: Tensor | None = None
         self._scaled: tuple[Rows, Scaled] | None = None
         self.weight, self.bias = self._join()
+        self.packed: Packed | None = None
 
     def output(self, x: Tensor, member: AdaptedLinear) -> Tensor:
         """The member's slice of the group's output for ``x``, computed once for all members."""
@@ -66,11 +75,25 @@ class LinearGroup:
             self._input = self._output = None
         return found
 
+    def pack(self) -> bool:
+        """Hold the joined weight in the order that multiplies fastest, and in no other; whether it does."""
+        self.packed = pack(self.weight)
+        if self.packed is not None:
+            self.weight = self.weight.new_empty(0)
+            for member in self.members:
+                member.weight = nn.Parameter(self.weight, requires_grad=False)
+        return self.packed is not None
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.packed is not None:
+            return self.packed.linear(x, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
     def _compute(self, x: Tensor) -> Tensor:
         step = active()
         rows, kernels = step.head_rows if self.head else step.rows, step.kernels
         if rows is None or kernels is None:
-            return F.linear(x, self.weight, self.bias)
+            return self._product(x)
         y = self._scaled_linear(x, rows, kernels)
         if kernels.touches(rows, self.index):
             kernels.apply(y, x, rows, self.index)
@@ -80,15 +103,13 @@ class LinearGroup:
         """Linear(σ_in ⊙ x): rows whose adapter scales the input of one member recompute that member's slice."""
         scaled = self._scaled_members(rows, kernels)
         if scaled and len(self.members) == 1:
-            return F.linear(kernels.scale_input(x, rows, self.members[0].site), self.weight, self.bias)
-        y = F.linear(x, self.weight, self.bias)
+            return self._product(kernels.scale_input(x, rows, self.members[0].site))
+        y = self._product(x)
         for member, ranges in scaled:
-            u = kernels.scale_input(x, rows, member.site)
-            bias = None if self.bias is None else self.bias[member.slice]
-            # all rows, so that the product has one shape whatever the neighbours carry
-            scaled_y = F.linear(u, self.weight[member.slice], bias)
+            # all rows and slices, so that the product has one shape whatever the neighbours carry
+            scaled_y = self._product(kernels.scale_input(x, rows, member.site))
             for start, stop in ranges:
-                y[start:stop, member.slice] = scaled_y[start:stop]
+                y[start:stop, member.slice] = scaled_y[start:stop, member.slice]
         return y
 
     def _scaled_members(self, rows: Rows, kernels: Kernels) -> Scaled:

@@ -10,7 +10,7 @@ from weft.adapters_store.sites import CatalogueInfo
 from weft.kernels.layout import Geometry, SiteShape
 from weft.server.backbone import attention, sites
 from weft.server.backbone.errors import UnsupportedBackbone
-from weft.server.backbone.linears import LinearGroup
+from weft.server.backbone.linears import AdaptedLinear, LinearGroup
 from weft.server.backbone.selftest import KVShape, census, difference, paged_logits
 from weft.server.backbone.step import PagedKV, Step, running
 
@@ -20,7 +20,9 @@ PROBE_TOKENS = 7
 class Backbone:
     """Owns the model and its sites; implements ``SiteCatalogue``. Parameters never change after construction.
 
-    kv_shapes:  per layer (kv heads, key size, value size)
+    kv_shapes:        per layer (kv heads, key size, value size)
+    parameter_bytes:  M, bytes of all parameters, tied ones counted once
+    linears:          what multiplies: ``torch``, or ``onednn`` over packed weights
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -42,6 +44,9 @@ class Backbone:
         model.set_attn_implementation(attention.NAME)
         self.groups = self._adapt(found, probe, reference)
         self.info: CatalogueInfo = sites.catalogue(model, self.groups, found.head, identity)
+        self.parameter_bytes = _bytes(model)
+        self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
+        self.linears = self._pack()
 
     def _adapt(self, found: sites.Found, probe: Tensor, reference: Tensor) -> tuple[LinearGroup, ...]:
         """Fuse the sites that share an input if the model then still computes the same, else adapt them one by one."""
@@ -74,12 +79,6 @@ class Backbone:
         return Geometry(shapes, self.info.groups, self.dtype)
 
     @property
-    def parameter_bytes(self) -> int:
-        """M: bytes of all parameters, tied ones counted once."""
-        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
-        return sum(storages.values())
-
-    @property
     def context_tokens(self) -> int:
         """Longest sequence the model knows positions for."""
         return int(self.model.config.get_text_config().max_position_embeddings)
@@ -93,6 +92,11 @@ class Backbone:
 
     def parameter(self, path: str) -> Tensor | None:
         """The frozen parameter at this path, as the model stores it, or None."""
+        module, _, name = path.rpartition(".")
+        if name == "weight" and module in self.info.index:
+            linear = self.model.get_submodule(module)
+            assert isinstance(linear, AdaptedLinear)
+            return linear.stored_weight()
         return dict(self.model.named_parameters(remove_duplicate=False)).get(path)
 
     def forward(self, ids: Tensor, positions: Tensor, keep: Tensor, step: Step) -> Tensor:
@@ -107,12 +111,24 @@ class Backbone:
         logits: Tensor = out.logits[0]
         return logits
 
+    def _pack(self) -> str:
+        """Pack the weights of all groups but a head that shares its own with the embeddings."""
+        shared = self.model.get_input_embeddings().weight
+        own = [group for group in self.groups if group.members[0].weight is not shared]
+        packed = [group.pack() for group in own]
+        return "onednn" if any(packed) else "torch"
+
     def _probe(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(self.vocabulary, (PROBE_TOKENS,), generator=generator).to(self.device)
 
     def _bare(self, probe: Tensor) -> None:
         self.model(input_ids=probe[None], use_cache=False, logits_to_keep=1)
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(storages.values())
 
 
 def kv_slots(shapes: Sequence[tuple[int, int, int]], nbytes: int, dtype: torch.dtype) -> int:

@@ -116,13 +116,13 @@ class Engine:
         return EngineInfo(
             catalogue=self.backbone.info,
             family=model.config.model_type,
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=self.backbone.parameter_count,
             dtype=self.backbone.info.dtype,
             vocabulary=self.backbone.vocabulary,
             context_tokens=self.backbone.context_tokens,
             eos_ids=_eos_ids(model),
             default_sampling=_default_sampling(model),
-            device=_device_name(self.backbone.device),
+            device=_device_name(self.backbone),
             kernels=self.kernels.name,
             versions=versions,
             kv_bytes_max=config.kv_bytes_max,
@@ -211,8 +211,11 @@ def _default_sampling(model: PreTrainedModel) -> Sampling:
     )
 
 
-def _device_name(device: torch.device) -> str:
-    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+def _device_name(backbone: Backbone) -> str:
+    device = backbone.device
+    if device.type == "cuda":
+        return f"{device} {torch.cuda.get_device_name(device)}"
+    return f"{device}, linears by {backbone.linears}"
 
 
 def _triton_version() -> str:

@@ -16,7 +16,8 @@ def pick(logits: Tensor, sampling: Sequence[Sampling], positions: Sequence[int])
     sampling:   how to pick, per row
     positions:  index of the token to be picked in its sequence, per row; with the seed it fixes the random number
     """
-    finite = torch.isfinite(logits).all(dim=-1)
+    # one pass: a sum over numbers that are finite is finite, over any other it is not
+    finite = torch.isfinite(logits.sum(dim=-1, dtype=torch.float32))
     best = logits.argmax(dim=-1)
     tokens: list[int | None] = [
         int(token) if ok else None for token, ok in zip(best.tolist(), finite.tolist(), strict=True)

@@ -30,7 +30,7 @@ MIXES: Mapping[str, Sequence[tuple[int, int | None]]] = {
     "one adapter": [(1, 0), (1, 0), (2, 0)],
     "all different": [(1, 0), (1, 1), (1, 2), (1, 3)],
     "half base": [(2, None), (1, 1), (1, None), (3, 2), (1, None)],
-    "prompts and answers": [(1, 0), (0, 1), (17, 1), (1, 2), (5, None), (3, 3)],
+    "prompts and answers": [(1, 0), (0, 1), (33, 1), (1, 2), (5, None), (3, 3)],
 }
 # a segment that large tiles are for, between short ones
 LONG: Sequence[tuple[int, int | None]] = [(1, 1), (66, 2), (1, 0)]

@@ -15,8 +15,8 @@ from weft.kernels.layout import Geometry, SiteShape, SiteTerms
 # lengths of the requests' segments, and the one that is watched
 DECODING = ([1, 1, 1, 1, 1, 1], 2)
 SEVERAL_ROWS = ([1, 3, 2, 1, 1], 2)
-PROMPT = ([1, 17, 21, 1, 66], 2)
-AMONG_PROMPTS = ([20, 1, 17, 1], 1)
+PROMPT = ([1, 34, 37, 1, 66], 2)
+AMONG_PROMPTS = ([40, 1, 34, 1], 1)
 SHAPES = {"decoding": DECODING, "several rows": SEVERAL_ROWS, "a prompt": PROMPT, "among prompts": AMONG_PROMPTS}
 
 # adapters of the others while the watched segment has adapter 0: alone, with twins, crowded, the same shapes
@@ -82,7 +82,7 @@ def test_a_row_does_not_see_its_neighbours_failures(
 def test_a_bad_block_spoils_the_rows_of_its_adapter_only(implementation: Implementation, dtype: torch.dtype) -> None:
     loaded = Loaded.random(dtype, 5, Kinds(kron=False, vectors=False), seed=2, device=implementation.device)
     kernels = implementation.load(loaded)
-    segments = loaded.segments([(1, 0), (1, 1), (1, 2), (2, 1), (20, 1), (1, 3), (18, 0)])
+    segments = loaded.segments([(1, 0), (1, 1), (1, 2), (2, 1), (40, 1), (1, 3), (36, 0)])
     y, x = loaded.tensors(segments[-1].stop, 0, dtype)
     before = applied(kernels, segments, y, x, 0)
     bad = loaded.blocks[1]
@@ -98,7 +98,7 @@ def test_a_bad_block_spoils_the_rows_of_its_adapter_only(implementation: Impleme
             assert_bit_equal(after[rows], before[rows])
 
 
-@pytest.mark.parametrize("length", [1, 4, 16, 17, 64])
+@pytest.mark.parametrize("length", [1, 4, 32, 33, 64])
 def test_rows_of_a_real_size_do_not_see_each_other(implementation: Implementation, length: int) -> None:
     shape = Geometry((SiteShape(576, 576), SiteShape(576, 192), SiteShape(1536, 576)), (2, 1), torch.bfloat16)
     noise = torch.Generator().manual_seed(0)

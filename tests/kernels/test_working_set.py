@@ -49,6 +49,18 @@ def test_results_do_not_depend_on_the_budget(loaded: Loaded) -> None:
             assert torch.equal(result, results[0])
 
 
+def test_scaled_inputs_do_not_depend_on_the_budget(loaded: Loaded) -> None:
+    segments = loaded.segments([(1, 0), (2, 1), (1, None), (40, 2), (1, 3), (1, 4), (1, 1)])
+    for site, group in enumerate(loaded.geometry.group_of):
+        _, x = loaded.tensors(segments[-1].stop, group, torch.bfloat16)
+        results = []
+        for budget in budgets(loaded):
+            kernels = kernels_with(loaded, budget)
+            results.append(kernels.scale_input(x, kernels.rows(segments), site))
+        for result in results[1:]:
+            assert torch.equal(result, results[0])
+
+
 def test_the_budget_holds(loaded: Loaded) -> None:
     for budget in budgets(loaded):
         kernels = kernels_with(loaded, budget)
@@ -120,7 +132,7 @@ def test_rows_outlive_their_slots(loaded: Loaded) -> None:
 
 def test_prompts_take_no_slot(loaded: Loaded) -> None:
     kernels = kernels_with(loaded, 1 << 22)
-    kernels.rows(loaded.segments([(40, 0), (17, 1), (5, None)]))
+    kernels.rows(loaded.segments([(40, 0), (33, 1), (5, None)]))
     assert kernels.working_set_bytes == 0
     kernels.rows(loaded.segments(MIXES["prompts and answers"]))
     assert kernels.working_set_bytes > 0
