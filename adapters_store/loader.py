@@ -140,6 +140,8 @@ class Loader:
 
     @torch.inference_mode()
     def _run(self) -> None:
+        # this thread's own setting: a second team of threads would fight the engine's for the cores
+        torch.set_num_threads(1)
         while (job := self._jobs.get()) is not None and not self._closing.is_set():
             start = time.monotonic()
             try:

@@ -1,5 +1,6 @@
 """The engine without a server: register folders and run requests in one process, for tests, scripts and benchmarks."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from weft.server.engine.messages import (
 )
 
 CHUNK_BYTES = 1 << 20
+LOAD_POLL_S = 0.002
 
 
 class RequestFailed(Exception):
@@ -73,6 +75,8 @@ class OfflineEngine:
             self.engine.handle(submit)
         try:
             while open_ids:
+                if not self.engine.scheduler.running:
+                    time.sleep(LOAD_POLL_S if self.engine.residency.busy() else 0)
                 for event in self.engine.step():
                     if isinstance(event, Failed) and event.id in open_ids:
                         raise RequestFailed(event)
@@ -88,6 +92,8 @@ class OfflineEngine:
     def _prepare(self, digest: Digest) -> Prepared:
         self.engine.handle(Prepare(digest))
         while True:
+            # stepping without pause would keep the interpreter from the loader's thread
+            time.sleep(LOAD_POLL_S)
             for event in self.engine.step():
                 if isinstance(event, Prepared) and event.digest == digest:
                     return event
