@@ -274,7 +274,12 @@ def test_every_reason_of_the_server_has_its_advice():
 def start(server: FakeServer, *words: str) -> "subprocess.Popen[str]":
     """Run ``weft`` as a process of its own."""
     command = [sys.executable, "-m", "weft.server.cli", *words, "--server", server.address]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # tests that a shell started in the background ignore interrupts, and so would their children
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_ends_the_stream_and_prints_no_trace(server):
