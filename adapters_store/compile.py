@@ -1,18 +1,30 @@
 """Compiles a parsed adapter: reads its values, folds them to the normal form, proves the fold, lays out the image."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import frexp
 
 import torch
 from torch import Tensor
 
 from weft.adapters_store.errors import AdapterTooLarge, StoreBug
-from weft.adapters_store.fold import Folded, fold_site, kron_becomes_low_rank, site_bytes
+from weft.adapters_store.fold import (
+    Folded,
+    bottleneck_bytes,
+    fold_bottleneck,
+    fold_site,
+    kron_becomes_low_rank,
+    record_words,
+    site_bytes,
+)
 from weft.adapters_store.operators import Kron, LowRank, ParsedAdapter
+from weft.adapters_store.parts import TAPS, Bottleneck
+from weft.adapters_store.plans import RecordPlan, is_plain, module_of, plan_part
 from weft.adapters_store.proof import prove
 from weft.adapters_store.report import AdapterReport, SiteSummary
-from weft.adapters_store.sites import SiteCatalogue
+from weft.adapters_store.sites import CatalogueInfo, SiteCatalogue
+from weft.adapters_store.traits import traits_of
 from weft.adapters_store.values import Values, name_of
+from weft.kernels.extras import Extra
 from weft.kernels.layout import (
     ALIGN,
     HEADER_WORDS,
@@ -21,9 +33,11 @@ from weft.kernels.layout import (
     UNIT,
     Geometry,
     SiteTerms,
+    directory,
     pack,
     round_up,
     unpack,
+    unpack_records,
 )
 
 WORD_BYTES = 4
@@ -40,25 +54,39 @@ def compile_adapter(
     nbytes = block_bytes(parsed, geometry, catalogue)
     if nbytes > bytes_max:
         raise AdapterTooLarge(f"device memory: expected a block of at most {bytes_max} bytes, got one of {nbytes}")
-    values = Values(parsed)
+    values = Values(parsed, catalogue)
     for ref, path in parsed.copies:
         values.require_copy(ref, path, catalogue)
-    info, terms, summaries = catalogue.info, dict[int, SiteTerms](), list[SiteSummary]()
+    info, terms, summaries, records = catalogue.info, dict[int, SiteTerms](), list[SiteSummary](), list[Extra]()
     for path, said in parsed.sites.items():
         index = info.index[path]
         folded = fold_site(info.sites[index], said, values, catalogue, geometry.dtype)
         prove(folded, said, values, catalogue)
         terms[index] = folded.rounded(geometry.dtype)
+        records += [plan.fill(values) for plan in folded.deltas]
         summaries.append(_summary(folded, site_bytes(said, folded.site, geometry.dtype)))
         values.next_site()
-    image = pack(geometry, terms)
-    _check_image(image, geometry, terms)
+    for part in parsed.parts:
+        plan = plan_part(part, info, geometry.dtype)
+        if plan is not None:
+            records.append(plan.fill(values))
+            summaries.append(_record_summary(plan))
+        else:
+            assert isinstance(part, Bottleneck)
+            index = len(info.sites) + info.hidden_index[part.layer, part.after]
+            terms[index] = fold_bottleneck(part, values, geometry.dtype, TAPS.index(part.tap))
+            summaries.append(_bottleneck_summary(part, info, geometry.dtype))
+        values.next_site()
+    records.sort(key=lambda record: (record.kind, record.place))
+    image = pack(geometry, terms, records)
+    _check_image(image, geometry, terms, records)
     report = AdapterReport(
         parsed.method,
         parsed.dialect,
         image.numel(),
         tuple(summaries),
         (*parsed.notes, *_notes(parsed, values, geometry.dtype)),
+        traits_of(directory(image)),
     )
     return image, report
 
@@ -77,11 +105,31 @@ def block_bytes(parsed: ParsedAdapter, geometry: Geometry, catalogue: SiteCatalo
         )
         if krons:
             words = round_up(words, UNIT // WORD_BYTES) + krons * KRON_WORDS
+    for path, said in parsed.sites.items():
+        words += record_words(said.operators, info.sites[info.index[path]], geometry.dtype)
+    for part in parsed.parts:
+        plan = plan_part(part, info, geometry.dtype)
+        if plan is not None:
+            words, body = words + plan.head_words, body + plan.nbytes
+        else:
+            assert isinstance(part, Bottleneck)
+            body += bottleneck_bytes(part, geometry.dtype)
     return round_up(round_up(words * WORD_BYTES, ALIGN) + body, ALIGN)
 
 
 def _summary(folded: Folded, size: int) -> SiteSummary:
     return SiteSummary(folded.site.path, tuple(folded.words), folded.rank, size, tuple(folded.folds))
+
+
+def _record_summary(plan: RecordPlan) -> SiteSummary:
+    return SiteSummary(plan.module, (plan.words,), plan.rank, plan.nbytes)
+
+
+def _bottleneck_summary(part: Bottleneck, info: CatalogueInfo, dtype: torch.dtype) -> SiteSummary:
+    assert is_plain(part)
+    rank = part.down.shape[0]
+    words = (f"bottleneck r={rank} {part.act} of {part.tap}",)
+    return SiteSummary(module_of(part, info), words, rank, bottleneck_bytes(part, dtype))
 
 
 def _notes(parsed: ParsedAdapter, values: Values, dtype: torch.dtype) -> list[str]:
@@ -105,8 +153,15 @@ def _large(values: Values) -> list[str]:
     return [f"{name} holds values up to {largest:g}, which is unusual"] if name else []
 
 
-def _check_image(image: Tensor, geometry: Geometry, terms: Mapping[int, SiteTerms]) -> None:
+def _check_image(image: Tensor, geometry: Geometry, terms: Mapping[int, SiteTerms], records: Sequence[Extra]) -> None:
     """What a kernel will read is what was put in, bit for bit."""
+    for put, read in zip(records, unpack_records(geometry, image), strict=True):
+        pairs = zip(put.tensors, read.tensors, strict=True)
+        same = all(
+            a is b is None or (a is not None and b is not None and torch.equal(a.view_as(b), b)) for a, b in pairs
+        )
+        if not same or (put.kind, put.place, put.options) != (read.kind, read.place, read.options):
+            raise StoreBug(f"the image does not hold the {put.kind.name} record that was packed for {put.place}")
     found = unpack(geometry, image)
     if found.keys() != terms.keys():
         raise StoreBug("the image does not have the sites that were packed")
@@ -118,5 +173,5 @@ def _check_image(image: Tensor, geometry: Geometry, terms: Mapping[int, SiteTerm
 
 def _tensors(term: SiteTerms) -> list[Tensor]:
     pairs = [*([term.low_rank] if term.low_rank is not None else []), *term.krons]
-    vectors = [v for v in (term.sigma, term.beta, term.sigma_in) if v is not None]
+    vectors = [v for v in (term.sigma, term.beta, term.sigma_in, term.inner) if v is not None]
     return [tensor for pair in pairs for tensor in pair] + vectors

@@ -11,7 +11,7 @@ from weft.adapters_store.errors import AdapterCorrupt, AdapterInvalid, quoted
 from weft.adapters_store.files import is_digest
 from weft.adapters_store.report import AdapterReport, SiteSummary
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 State = Literal["active", "incompatible"]
@@ -26,6 +26,7 @@ class Entry:
     disk_bytes:       of the files as received
     create_time_ms:   wall clock, since the epoch
     backbone_digest:  the backbone it was registered with
+    context_tokens:   of the backbone's context that the adapter takes for itself
     state, reason:    judged for the backbone that is loaded, not stored
     """
 
@@ -39,6 +40,7 @@ class Entry:
     disk_bytes: int
     create_time_ms: int
     backbone_digest: str
+    context_tokens: int = 0
     state: State = "active"
     reason: str = ""
     # thousands of entries of hundreds of sites: kept small until somebody asks
@@ -71,6 +73,7 @@ def make_entry(
         disk_bytes=disk_bytes,
         create_time_ms=create_time_ms,
         backbone_digest=backbone_digest,
+        context_tokens=report.traits.extra_rows + report.traits.position_offset,
         packed_sites=_pack(json.dumps(rows, separators=(",", ":")).encode()),
     )
 

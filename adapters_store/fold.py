@@ -11,19 +11,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from weft.adapters_store.operators import Bias, Factor, Kron, LowRank, Scale, SiteOperators
-from weft.adapters_store.sites import SiteCatalogue, SiteInfo
+from weft.adapters_store.errors import expected
+from weft.adapters_store.operators import Bias, Factor, Kron, LowRank, Operator, Scale, SiteOperators
+from weft.adapters_store.parts import Bottleneck
+from weft.adapters_store.plans import FP32, RecordPlan, plan_delta
+from weft.adapters_store.sites import SiteCatalogue, SiteInfo, weight_of
+from weft.adapters_store.tensor_refs import Value
 from weft.adapters_store.values import Values, rounded
+from weft.kernels.activation import NAMES as ACTS
 from weft.kernels.layout import SiteTerms, row_stride
-
-FP32 = torch.float32
 
 
 @dataclass
 class Folded:
-    """A site's terms in fp32, the tensor each came from for messages, and the report's words for them."""
+    """A site's terms in fp32, the tensor each came from for messages, and the report's words for them.
+
+    deltas:  what goes beside the normal form, still to be filled
+    """
 
     site: SiteInfo
+    deltas: list[RecordPlan] = field(default_factory=list)
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     krons: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     pair_names: list[tuple[str, str]] = field(default_factory=list)
@@ -70,28 +77,51 @@ def fold_site(
     folded = Folded(site, folds=list(said.folds))
     for operator in said.operators:
         match operator:
-            case LowRank(a, b, scale):
+            case LowRank(a, b, scale, None):
                 folded.pairs.append((values.read(a), values.read(b) * scale))
                 folded.pair_names.append((a.name, b.name))
                 folded.words.append(f"low_rank r={a.shape[0]}")
             case Kron():
                 _fold_kron(folded, operator, values, dtype)
             case Scale(vector, of_input):
-                _fold_scale(folded, values.read(vector).reshape(-1), of_input)
+                _fold_scale(folded, vector, values, of_input)
             case Bias(vector, scale, absolute):
-                shift = values.read(vector) * scale
+                shift = values.read(vector).reshape(-1) * scale
                 if absolute:
                     shift = shift - base_bias(site, catalogue)
                 folded.beta = shift if folded.beta is None else folded.beta + shift
                 folded.words.append("bias")
+            case _:
+                plan = plan_delta(operator, site, catalogue.info.index[site.path], dtype)
+                assert plan is not None, "what the normal form does not hold has a record"
+                folded.deltas.append(plan)
+                folded.words.append(plan.words)
     return folded
+
+
+def fold_bottleneck(part: Bottleneck, values: Values, dtype: torch.dtype, tap: int) -> SiteTerms:
+    """Two matrices with a function between them, as the terms of a hidden place."""
+    assert part.up is not None
+    down, up = (
+        rounded(values.read(each.weight), dtype, each.weight.name)  # type: ignore[union-attr]
+        for each in (part.down, part.up)
+    )
+    beta, inner = (
+        None if v is None else values.read(v).reshape(-1) for v in (part.up_bias, part.down_bias)
+    )  # fmt: skip
+    return SiteTerms((down, up), beta=beta, inner=inner, act=ACTS.index(part.act), tap=tap)
+
+
+def bottleneck_bytes(part: Bottleneck, dtype: torch.dtype) -> int:
+    """What the terms of a hidden place take in a block."""
+    (rank, wide), tall = part.down.shape, part.up.shape[0] if part.up is not None else 0
+    vectors = [(1, v.elements) for v in (part.up_bias, part.down_bias) if v is not None]
+    return factor_bytes([(rank, wide), (rank, tall)], dtype) + factor_bytes(vectors, FP32)
 
 
 def base_bias(site: SiteInfo, catalogue: SiteCatalogue) -> Tensor:
     """The backbone's own bias, in fp32 on the host."""
-    bias = catalogue.parameter(f"{site.path}.bias")
-    assert bias is not None, f"the catalogue says that {site.path} has a bias"
-    return bias.detach().float().cpu()
+    return weight_of(catalogue, f"{site.path}.bias")
 
 
 def kron_becomes_low_rank(kron: Kron, site: SiteInfo, dtype: torch.dtype) -> bool:
@@ -107,7 +137,7 @@ def site_bytes(said: SiteOperators, site: SiteInfo, dtype: torch.dtype) -> int:
     total = 0
     for operator in said.operators:
         match operator:
-            case LowRank(a, _, _):
+            case LowRank(a, _, _, None):
                 total += factor_bytes(low_rank_shapes(a.shape[0], site), dtype)
             case Kron(w1, w2, _):
                 becomes = kron_becomes_low_rank(operator, site, dtype)
@@ -117,6 +147,9 @@ def site_bytes(said: SiteOperators, site: SiteInfo, dtype: torch.dtype) -> int:
                 vectors.add(("sigma_in", site.in_features) if of_input else ("sigma", site.out_features))
             case Bias():
                 vectors.add(("beta", site.out_features))
+            case _:
+                plan = plan_delta(operator, site, 0, dtype)
+                total += 0 if plan is None else plan.nbytes
     return total + factor_bytes([(1, length) for _, length in vectors], FP32)
 
 
@@ -176,13 +209,22 @@ def _halves(factor: Factor, values: Values) -> tuple[Tensor, Tensor]:
     return (torch.eye(rows), left) if rows <= columns else (left, torch.eye(columns))
 
 
-def _fold_scale(folded: Folded, vector: Tensor, of_input: bool) -> None:
+def record_words(operators: tuple[Operator, ...], site: SiteInfo, dtype: torch.dtype) -> int:
+    """Words of the records that these operators take in a block's head."""
+    plans = (plan_delta(operator, site, 0, dtype) for operator in operators)
+    return sum(plan.head_words for plan in plans if plan is not None)
+
+
+def _fold_scale(folded: Folded, said: Value, values: Values, of_input: bool) -> None:
+    vector = values.read(said).reshape(-1)
     if of_input:
         folded.sigma_in = vector if folded.sigma_in is None else folded.sigma_in * vector
     else:
-        # a later scale would have to go into every term before it; no format says that
-        assert folded.beta is None, "scales come before what is added"
-        assert not folded.pairs, "scales come before what is added"
-        assert not folded.krons, "scales come before what is added"
+        if folded.krons or folded.deltas:
+            why = "an output scale goes into low-rank pairs and biases only"
+            raise expected(said.name, "a scale before the deltas that it does not touch", "one behind them", why)
+        # whatever was added so far is scaled as well
+        folded.pairs = [(a, b * vector[:, None]) for a, b in folded.pairs]
+        folded.beta = None if folded.beta is None else folded.beta * vector
         folded.sigma = vector if folded.sigma is None else folded.sigma * vector
     folded.words.append("scale in" if of_input else "scale out")

@@ -1,36 +1,24 @@
 """What the files of an adapter say, before anything is computed: operators that point at tensors in the file.
 
 Imports no torch. A parser in ``formats/`` makes these; ``compile`` folds them into the arrays that kernels read.
+Operators of linears are here, those of other places in ``parts``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """One tensor of the weights file: bytes [start, stop) after the header. ``dtype`` is F32, F16 or BF16."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    start: int
-    stop: int
-
-    @property
-    def elements(self) -> int:
-        """Number of values."""
-        return prod(self.shape)
+from weft.adapters_store.parts import Gate, Part
+from weft.adapters_store.tensor_refs import TensorRef, Value
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """y += scale * (x aᵀ) bᵀ with a [rank, in] and b [out, rank]."""
+    """y += scale * gate(x) * (x aᵀ) bᵀ with a [rank, in] and b [out, rank]."""
 
-    a: TensorRef
-    b: TensorRef
-    scale: float
+    a: Value
+    b: Value
+    scale: float = 1.0
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +29,8 @@ class Factor:
     term:        which slice of a leading axis of terms, None when there is no such axis
     """
 
-    left: TensorRef
-    right: TensorRef | None = None
+    left: Value
+    right: Value | None = None
     transposed: bool = False
     term: int | None = None
 
@@ -71,9 +59,9 @@ class Kron:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """y = v ⊙ Linear(x), bias included; with ``of_input``, y = Linear(v ⊙ x)."""
+    """y = v ⊙ y for everything so far, bias included; with ``of_input``, y = Linear(v ⊙ x)."""
 
-    vector: TensorRef
+    vector: Value
     of_input: bool
 
 
@@ -81,12 +69,43 @@ class Scale:
 class Bias:
     """y += scale * v; with ``absolute``, v replaces the bias of the linear instead."""
 
-    vector: TensorRef
+    vector: Value
     scale: float = 1.0
     absolute: bool = False
 
 
-Operator = LowRank | Kron | Scale | Bias
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """y += x Δᵀ with Δ [out, in] zero but for ``values`` [n] at ``index`` [n] of the flat matrix, row by row."""
+
+    index: TensorRef
+    values: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """y[:, index] += x rowsᵀ with rows [k, in]."""
+
+    index: TensorRef
+    rows: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """y += x[:, index] columnsᵀ with columns [out, k]."""
+
+    index: TensorRef
+    columns: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """y += x deltaᵀ with delta [out, in]."""
+
+    delta: Value
+
+
+Operator = LowRank | Kron | Scale | Bias | Sparse | Rows | Columns | Dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +123,7 @@ class ParsedAdapter:
     sites:     by module path of the backbone
     copies:    tensors that must equal the backbone's parameter of the path beside them, bit for bit
     weights:   the data part of the weights file, as read once; None when only the header was read
+    parts:     operators at places that are no linears
     """
 
     method: str
@@ -112,3 +132,4 @@ class ParsedAdapter:
     copies: tuple[tuple[TensorRef, str], ...] = ()
     notes: tuple[str, ...] = ()
     weights: memoryview | None = None
+    parts: tuple[Part, ...] = ()

@@ -12,7 +12,18 @@ from torch import Tensor
 
 from weft.adapters_store.errors import StoreBug, expected
 from weft.adapters_store.fold import Folded, base_bias, read_factor
-from weft.adapters_store.operators import Bias, Kron, LowRank, Scale, SiteOperators
+from weft.adapters_store.operators import (
+    Bias,
+    Columns,
+    Dense,
+    Kron,
+    LowRank,
+    Operator,
+    Rows,
+    Scale,
+    SiteOperators,
+    Sparse,
+)
 from weft.adapters_store.sites import SiteCatalogue
 from weft.adapters_store.values import Values
 
@@ -32,7 +43,7 @@ def prove(folded: Folded, said: SiteOperators, values: Values, catalogue: SiteCa
     compiled = _as_compiled(folded, x.float(), base.float())[:, rows].double()
     name = said.operators[0]
     if not bool(torch.isfinite(compiled).all()):
-        raise expected(_first_tensor(said), "values that float32 can compute with", "an overflow on ordinary input")
+        raise expected(_first_tensor(name), "values that float32 can compute with", "an overflow on ordinary input")
     slack = 8 * sqrt(site.in_features + folded.rank + 1) * EPSILON
     if not bool(((said_y - compiled).abs() <= slack * size + torch.finfo(torch.float32).tiny).all()):
         raise StoreBug(f"the compiled form of {type(name).__name__} at {site.path} is not what its file says")
@@ -65,7 +76,7 @@ def _as_said(
     y, size = base[:, rows], base[:, rows].abs()
     for operator in said.operators:
         match operator:
-            case LowRank(a, b, scale):
+            case LowRank(a, b, scale, None):
                 down, up = values.read(a).double(), values.read(b)[rows].double() * scale
                 y, size = y + (x @ down.T) @ up.T, size + (x.abs() @ down.abs().T) @ up.abs().T
             case Kron():
@@ -76,7 +87,7 @@ def _as_said(
                     v = values.read(vector).reshape(-1)[rows].double()
                     y, size = y * v, size * v.abs()
             case Bias(vector, scale, absolute):
-                v = values.read(vector)[rows].double() * scale
+                v = values.read(vector).reshape(-1)[rows].double() * scale
                 old = base_bias(folded.site, catalogue)[rows].double() if absolute else torch.zeros_like(v)
                 y, size = y - old + v, size + v.abs() + old.abs()
     return y, size
@@ -106,11 +117,15 @@ def _factor_rows(values: Values, kron: Kron, which: str, rows: Tensor, absolute:
     return taken @ (right.double().abs() if absolute else right.double())
 
 
-def _first_tensor(said: SiteOperators) -> str:
-    match said.operators[0]:
-        case LowRank(_, b, _):
+def _first_tensor(operator: Operator) -> str:
+    match operator:
+        case LowRank(_, b, _, _):
             return b.name
         case Kron(w1, _, _):
             return w1.left.name
         case Scale(vector, _) | Bias(vector, _, _):
             return vector.name
+        case Sparse(index, _) | Rows(index, _) | Columns(index, _):
+            return index.name
+        case Dense(delta):
+            return delta.name

@@ -15,6 +15,24 @@ class SiteSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class Traits:
+    """What a scheduler must know of an adapter.
+
+    extra_rows:       rows that stand in front of the text and count as its tokens
+    position_offset:  where the text's positions begin beside that
+    whole_prompt:     what it computes depends on which tokens run in one call: the prompt must not be cut
+    cacheable:        keys and values of a prefix of the prompt may be used again
+    token_mask:       the tokens from whose last occurrence on it acts; empty: everywhere
+    """
+
+    extra_rows: int = 0
+    position_offset: int = 0
+    whole_prompt: bool = False
+    cacheable: bool = True
+    token_mask: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterReport:
     """What an adapter compiled to; ``device_bytes`` is the size of its block, directory included."""
 
@@ -23,3 +41,4 @@ class AdapterReport:
     device_bytes: int
     sites: tuple[SiteSummary, ...]
     notes: tuple[str, ...] = ()
+    traits: Traits = Traits()

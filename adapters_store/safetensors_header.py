@@ -5,7 +5,8 @@
     data      the tensors, in any order, back to back
 
 Everything this accepts, the safetensors library accepts too, with the same shapes and dtypes. It refuses more: header
-size is judged from the first eight bytes, every key stands once, names are plain, and only floats are tensors.
+size is judged from the first eight bytes, every key stands once, names are plain, and tensors are floats or, where a
+format says so, integers.
 """
 
 import re
@@ -14,8 +15,8 @@ from math import prod
 from typing import Any
 
 from weft.adapters_store.errors import AdapterInvalid, expected, quoted, some
-from weft.adapters_store.operators import TensorRef
 from weft.adapters_store.strict_json import is_text, read_object
+from weft.adapters_store.tensor_refs import TensorRef
 
 FIELD = "adapter_model.safetensors"
 LENGTH_BYTES = 8
@@ -24,7 +25,7 @@ TENSORS_MAX = 65_536
 METADATA_BYTES_MAX = 64 << 10
 NAME_LENGTH_MAX = 512
 DIMENSIONS_MAX = 4
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _KEYS = {"dtype", "shape", "data_offsets"}

@@ -4,10 +4,17 @@ import torch
 from torch import Tensor
 
 from weft.adapters_store.errors import AdapterInvalid, expected
-from weft.adapters_store.operators import ParsedAdapter, TensorRef
-from weft.adapters_store.sites import SiteCatalogue
+from weft.adapters_store.operators import ParsedAdapter
+from weft.adapters_store.sites import SiteCatalogue, weight_of
+from weft.adapters_store.tensor_refs import INTEGERS, Computed, TensorRef, Value
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
 LARGE = 1e4
 
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -21,20 +28,54 @@ class Values:
     large:   the largest value read so far and its tensor, if that is suspicious
     """
 
-    def __init__(self, parsed: ParsedAdapter) -> None:
+    def __init__(self, parsed: ParsedAdapter, catalogue: SiteCatalogue) -> None:
         if parsed.weights is None:
             raise ValueError("expected an adapter whose data was read, got its header only")
-        self._weights = parsed.weights
+        self._weights, self.catalogue = parsed.weights, catalogue
         self._site: dict[str, Tensor] = {}
+        # by identity, with the value itself so that the identity stays its own
+        self._computed: dict[int, tuple[Computed, Tensor]] = {}
         self.dtypes: set[torch.dtype] = set()
         self.large: tuple[float, str] = (LARGE, "")
 
     def next_site(self) -> None:
         """Let go of the tensors read so far."""
         self._site.clear()
+        self._computed.clear()
 
-    def read(self, ref: TensorRef) -> Tensor:
+    def read(self, value: Value) -> Tensor:
         """The tensor in fp32; not to be written to. AdapterInvalid if a value is not finite."""
+        return self._compute(value) if isinstance(value, Computed) else self._read(value)
+
+    def indices(self, ref: TensorRef, below: int, ascending: bool = True) -> Tensor:
+        """An integer tensor, flat, as int64: each in [0, below), each once, in ascending order where that is asked."""
+        index = self._raw(ref.start, ref.stop, ref.dtype).long()
+        wrong = index[(index < 0) | (index >= below)]
+        if len(wrong):
+            raise expected(ref.name, f"indices from 0 to {below - 1}", int(wrong[0]))
+        steps = index.diff() if ascending else index.sort().values.diff()
+        if bool((steps <= 0).any()):
+            wanted = "indices in ascending order, each once" if ascending else "indices that stand once each"
+            raise expected(ref.name, wanted, "others")
+        return index
+
+    def _compute(self, value: Computed) -> Tensor:
+        if id(value) not in self._computed:
+            sources = [self._source(source) for source in value.sources]
+            parameters = [weight_of(self.catalogue, path) for path in value.parameters]
+            result = value.formula(*sources, *parameters).float()
+            assert tuple(result.shape) == value.shape, f"{value.name}: the formula gives {list(result.shape)}"
+            if not bool(torch.isfinite(result).all()):
+                raise expected(value.name, "values that the method's formula can use", "NaN or infinity from it")
+            self._computed[id(value)] = (value, result)
+        return self._computed[id(value)][1]
+
+    def _source(self, source: Value) -> Tensor:
+        if isinstance(source, TensorRef) and source.dtype in INTEGERS:
+            return self._raw(source.start, source.stop, source.dtype).view(source.shape)
+        return self.read(source)
+
+    def _read(self, ref: TensorRef) -> Tensor:
         if ref.name in self._site:
             return self._site[ref.name]
         tensor = self._raw(ref.start, ref.stop, ref.dtype)

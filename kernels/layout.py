@@ -4,12 +4,14 @@ An *image* is a block that is not in an arena yet: the bytes are the same. All o
 of ``UNIT`` bytes from its start, so a block moves by copying and does not say where it lies; 0 means absent,
 because the header is there.
 
-    header       HEADER_WORDS int32   magic, sites, nbytes / ALIGN, head units, 0, 0, 0, 0
+    header       HEADER_WORDS int32   magic, sites, nbytes / ALIGN, head units, records, word of the first, 0, 0
     directory    int32 [sites, SITE_WORDS]
     kron tables  int32 [terms, KRON_WORDS] per site that has terms, each table at a whole UNIT
+    records      int32, operators beyond the normal form (``extras``)
     factors      from a multiple of ALIGN on, in the geometry's dtype, per group: A of every site, B of every site,
                  krons of every site
-    vectors      fp32, each at a whole UNIT: per site sigma, beta, sigma_in
+    vectors      fp32, each at a whole UNIT: per site sigma, beta, sigma_in, inner
+    pieces       what records point to, each at a whole UNIT
 
 Ranks are exact. Rows of a factor begin at whole UNITs (a row of 100 bf16 numbers takes 104), so every row can
 be read with aligned vector loads, and the A of a group are together one [sum of ranks, in_features] matrix.
@@ -26,17 +28,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from weft.kernels import extras
+from weft.kernels.activation import IDENTITY
+from weft.kernels.extras import FACTOR, INTEGER, Extra, Piece, Record, code_of
+
 UNIT = 16
 ALIGN = 256
 HEADER_WORDS = 8
-SITE_WORDS = 8
+SITE_WORDS = 10
 KRON_WORDS = 6
 
-# columns of the directory
-A_OFF, RANK, B_OFF, KRON_OFF, KRON_COUNT, SIGMA_OFF, BETA_OFF, SIGMA_IN_OFF = range(SITE_WORDS)
+# columns of the directory; ACT holds the number of a function, and in its higher bytes a bottleneck's tap
+A_OFF, RANK, B_OFF, KRON_OFF, KRON_COUNT, SIGMA_OFF, BETA_OFF, SIGMA_IN_OFF, ACT, INNER_OFF = range(SITE_WORDS)
+TAP_SHIFT = 8
 
 # raised by one whenever the bytes of any block change; a test pins the bytes to it
-VERSION = 1
+VERSION = 2
 IMAGE_FORMAT = hashlib.sha256(
     f"weft block {VERSION}: {UNIT} {ALIGN} {HEADER_WORDS} {SITE_WORDS} {KRON_WORDS}".encode()
 ).hexdigest()[:16]
@@ -104,11 +111,12 @@ class Geometry:
 
 @dataclass(frozen=True, eq=False)
 class SiteTerms:
-    """One site's operators: y = sigma * Linear(sigma_in * x) + (x A^T) B^T + sum of x kron(w1, w2)^T + beta.
+    """One site's operators: y = sigma * Linear(sigma_in * x) + act(x A^T + inner) B^T + sum of x kron(w1, w2)^T + beta.
 
     low_rank:  A [rank, in], B [out, rank]
     krons:     (w1 [o1, i1], w2 [o2, i2]) with o1*o2 = out, i1*i2 = in and one (o1, o2) for all terms
-    sigma:     [out]    beta: [out]    sigma_in: [in]    kept in fp32
+    sigma:     [out]    beta: [out]    sigma_in: [in]    inner: [rank]    kept in fp32
+    act, tap:  at hidden places only: the function between A and B (``activation``), and what x is (``parts``)
     """
 
     low_rank: tuple[Tensor, Tensor] | None = None
@@ -116,6 +124,9 @@ class SiteTerms:
     sigma: Tensor | None = None
     beta: Tensor | None = None
     sigma_in: Tensor | None = None
+    inner: Tensor | None = None
+    act: int = IDENTITY
+    tap: int = 0
 
 
 class KronTerm(NamedTuple):
@@ -135,12 +146,14 @@ class Directory:
 
     sites:      int32 [sites, SITE_WORDS]
     krons:      per site, its terms
+    records:    operators beyond the normal form
     signature:  equal for two blocks exactly if all their shapes, and so all their offsets, are equal
     nbytes:     of the whole block
     """
 
     sites: Words
     krons: tuple[tuple[KronTerm, ...], ...]
+    records: tuple[Record, ...]
     signature: bytes
     nbytes: int
 
@@ -155,15 +168,16 @@ def row_stride(columns: int, dtype: torch.dtype) -> int:
     return round_up(columns, UNIT // dtype.itemsize)
 
 
-def pack(geometry: Geometry, terms: Mapping[int, SiteTerms]) -> Tensor:
+def pack(geometry: Geometry, terms: Mapping[int, SiteTerms], records: Sequence[Extra] = ()) -> Tensor:
     """The image of an adapter: uint8 [nbytes] on the CPU, nbytes a multiple of ALIGN.
 
-    terms:  by site index; sites that are not named have no operators
+    terms:    by site index; sites that are not named have no operators
+    records:  operators beyond the normal form
     Factors are rounded once to the geometry's dtype. LayoutError if a shape does not fit its site.
     """
     for site, term in terms.items():
         _check(geometry, site, term)
-    plan = _Plan(geometry, terms)
+    plan = _Plan(geometry, terms, records)
     image = torch.zeros(plan.nbytes, dtype=torch.uint8)
     image[: plan.head.nbytes].numpy()[:] = plan.head.view(np.uint8)
     for offset, tensor, dtype in plan.pieces:
@@ -186,7 +200,8 @@ def directory(image: Tensor) -> Directory:
         raise LayoutError(f"image: its header names {nbytes} bytes, got {image.numel()}")
     table = head[HEADER_WORDS : HEADER_WORDS + sites * SITE_WORDS].reshape(sites, SITE_WORDS)
     krons = tuple(tuple(_kron_terms(head, int(row[KRON_OFF]), int(row[KRON_COUNT]))) for row in table)
-    return Directory(table, krons, hashlib.sha256(head.tobytes()).digest(), nbytes)
+    records = tuple(extras.read(head[int(header[5]) :], int(header[4])))
+    return Directory(table, krons, records, hashlib.sha256(head.tobytes()).digest(), nbytes)
 
 
 class Views:
@@ -199,10 +214,19 @@ class Views:
     def __init__(self, buffer: Tensor, dtype: torch.dtype) -> None:
         self._factors = buffer.view(dtype)
         self._vectors = buffer.view(torch.float32)
+        self._integers = buffer.view(torch.int32)
 
     def matrix(self, start: int, offset: int, rows: int, columns: int) -> Tensor:
         """The factor [rows, columns] at ``offset`` UNITs in the block at byte ``start``."""
-        flat = self._factors
+        return self._of(self._factors, start, offset, rows, columns)
+
+    def piece(self, start: int, piece: Piece) -> Tensor:
+        """The tensor [rows, columns] of a record in the block at byte ``start``."""
+        flat = {FACTOR: self._factors, INTEGER: self._integers}.get(piece.code, self._vectors)
+        return self._of(flat, start, piece.offset, piece.rows, piece.columns)
+
+    @staticmethod
+    def _of(flat: Tensor, start: int, offset: int, rows: int, columns: int) -> Tensor:
         first = flat.storage_offset() + (start + offset * UNIT) // flat.itemsize
         return flat.as_strided((rows, columns), (row_stride(columns, flat.dtype), 1), first)
 
@@ -238,20 +262,34 @@ def unpack(geometry: Geometry, block: Tensor, head: Directory | None = None) -> 
             views.vector(0, row[SIGMA_OFF], shape.out_features),
             views.vector(0, row[BETA_OFF], shape.out_features),
             views.vector(0, row[SIGMA_IN_OFF], shape.in_features),
+            views.vector(0, row[INNER_OFF], rank),
+            row[ACT] % (1 << TAP_SHIFT),
+            row[ACT] >> TAP_SHIFT,
         )
     return terms
+
+
+def unpack_records(geometry: Geometry, block: Tensor, head: Directory | None = None) -> tuple[Extra, ...]:
+    """The operators beyond the normal form, as zero-copy views [rows, columns]."""
+    views = Views(block, geometry.dtype)
+    return tuple(
+        Extra(r.kind, r.place, tuple(None if p is None else views.piece(0, p) for p in r.pieces), r.options)
+        for r in (head or directory(block)).records
+    )
 
 
 class _Plan:
     """Offsets of every piece of one image; ``head`` holds the words up to the factors."""
 
-    def __init__(self, geometry: Geometry, terms: Mapping[int, SiteTerms]) -> None:
+    def __init__(self, geometry: Geometry, terms: Mapping[int, SiteTerms], records: Sequence[Extra]) -> None:
         self.pieces: list[tuple[int, Tensor, torch.dtype]] = []
         tables, cursor = {}, HEADER_WORDS + len(geometry.sites) * SITE_WORDS
         for site in sorted(terms):
             if terms[site].krons:
                 cursor = tables[site] = round_up(cursor, UNIT // 4)
                 cursor += KRON_WORDS * len(terms[site].krons)
+        first_record = cursor
+        cursor += sum(record.words for record in records)
         head_units = round_up(cursor * 4, UNIT) // UNIT
         self.head: Words = np.zeros(head_units * UNIT // 4, dtype=np.int32)
         self._units = head_units
@@ -266,10 +304,11 @@ class _Plan:
                 self._place_krons(sites[site], terms[site], tables.get(site, 0), geometry.dtype)
         for site in sorted(terms):
             self._place_vectors(sites[site], terms[site])
+        extras.write(self.head[first_record:], records, [self._place_pieces(r, geometry.dtype) for r in records])
         self.nbytes = round_up(self._units * UNIT, ALIGN)
         if self._units > np.iinfo(np.int32).max:
             raise LayoutError(f"image: expected at most {np.iinfo(np.int32).max * UNIT} bytes, got {self.nbytes}")
-        self.head[:4] = MAGIC, len(geometry.sites), self.nbytes // ALIGN, head_units
+        self.head[:6] = MAGIC, len(geometry.sites), self.nbytes // ALIGN, head_units, len(records), first_record
 
     def _place(self, tensor: Tensor, dtype: torch.dtype) -> int:
         offset = self._units
@@ -278,9 +317,22 @@ class _Plan:
         return offset
 
     def _place_vectors(self, row: Words, term: SiteTerms) -> None:
-        for word, tensor in ((SIGMA_OFF, term.sigma), (BETA_OFF, term.beta), (SIGMA_IN_OFF, term.sigma_in)):
+        row[ACT] = term.act | term.tap << TAP_SHIFT
+        vectors = (SIGMA_OFF, term.sigma), (BETA_OFF, term.beta), (SIGMA_IN_OFF, term.sigma_in), (INNER_OFF, term.inner)
+        for word, tensor in vectors:
             if tensor is not None:
                 row[word] = self._place(tensor[None], torch.float32)
+
+    def _place_pieces(self, record: Extra, dtype: torch.dtype) -> list[Piece | None]:
+        pieces: list[Piece | None] = []
+        for tensor in record.tensors:
+            if tensor is None:
+                pieces.append(None)
+                continue
+            matrix = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor
+            rows, columns = matrix.shape
+            pieces.append(Piece(self._place(matrix, matrix.dtype), rows, columns, code_of(matrix, dtype)))
+        return pieces
 
     def _place_low_rank(
         self, sites: Words, terms: Mapping[int, SiteTerms], present: Sequence[int], dtype: torch.dtype
@@ -322,7 +374,8 @@ def _check(geometry: Geometry, site: int, term: SiteTerms) -> None:
     if len({(w1.shape[0], w2.shape[0]) for w1, w2 in term.krons}) > 1:
         shapes_out = [(w1.shape[0], w2.shape[0]) for w1, w2 in term.krons]
         raise LayoutError(f"site {site} krons: expected one (o1, o2) for all terms, got {shapes_out}")
-    for name, length in (("sigma", tall), ("beta", tall), ("sigma_in", wide)):
+    rank = 0 if term.low_rank is None else term.low_rank[0].shape[0]
+    for name, length in (("sigma", tall), ("beta", tall), ("sigma_in", wide), ("inner", rank)):
         tensor = getattr(term, name)
         if tensor is not None and tuple(tensor.shape) != (length,):
             raise LayoutError(f"site {site} {name}: expected [{length}], got {list(tensor.shape)}")

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from weft.adapters_store.errors import expected
 from weft.adapters_store.formats.settings import Settings, show
 from weft.adapters_store.formats.tensors import by_module, require_exactly, require_site
-from weft.adapters_store.operators import Factor, Kron, ParsedAdapter, SiteOperators, TensorRef
+from weft.adapters_store.operators import Factor, Kron, ParsedAdapter, SiteOperators
 from weft.adapters_store.safetensors_header import Header
 from weft.adapters_store.sites import CatalogueInfo, SiteInfo
+from weft.adapters_store.tensor_refs import TensorRef
 
 METHOD = "X_KRONA"
 DIALECT = "native"

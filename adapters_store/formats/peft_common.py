@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from weft.adapters_store.formats.settings import Settings, show
 from weft.adapters_store.formats.tensors import Roles
-from weft.adapters_store.operators import TensorRef
+from weft.adapters_store.tensor_refs import TensorRef
 
 DIALECT = "peft"
 TASK_TYPE = "CAUSAL_LM"

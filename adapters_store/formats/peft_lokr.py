@@ -10,9 +10,10 @@ from weft.adapters_store.formats.peft_common import COPY_ROLES, DIALECT, copies,
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.formats.targets import by_pattern, target_sites
 from weft.adapters_store.formats.tensors import Roles, by_module, missing_tensor, require_exactly
-from weft.adapters_store.operators import Factor, Kron, ParsedAdapter, SiteOperators, TensorRef
+from weft.adapters_store.operators import Factor, Kron, ParsedAdapter, SiteOperators
 from weft.adapters_store.safetensors_header import Header
 from weft.adapters_store.sites import CatalogueInfo, SiteInfo
+from weft.adapters_store.tensor_refs import TensorRef
 
 METHOD = "LOKR"
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 
 from weft.adapters_store.errors import AdapterInvalid, expected, quoted
 from weft.adapters_store.formats.targets import names_of_backbone
-from weft.adapters_store.operators import TensorRef
 from weft.adapters_store.safetensors_header import Header
 from weft.adapters_store.sites import CatalogueInfo, SiteInfo
+from weft.adapters_store.tensor_refs import INTEGERS, TensorRef
 
 PREFIX = "base_model.model."
 
@@ -27,9 +27,14 @@ GENERIC = {"weight", "bias"}
 Roles = dict[str, TensorRef]
 
 
-def by_module(header: Header, roles: Iterable[str], catalogue: CatalogueInfo) -> dict[str, Roles]:
-    """Tensors by module path, then by role. A role is the end of a name, ``lora_A.weight``; the longest one wins."""
-    ordered = sorted(roles, key=len, reverse=True)
+def by_module(
+    header: Header, roles: Iterable[str], catalogue: CatalogueInfo, integers: Iterable[str] = ()
+) -> dict[str, Roles]:
+    """Tensors by module path, then by role. A role is the end of a name, ``lora_A.weight``; the longest one wins.
+
+    integers:  the roles whose tensors are integers; all others are floats
+    """
+    ordered, whole = sorted(roles, key=len, reverse=True), set(integers)
     found: dict[str, Roles] = {}
     for name, tensor in header.tensors.items():
         path = name.removeprefix(PREFIX)
@@ -42,8 +47,16 @@ def by_module(header: Header, roles: Iterable[str], catalogue: CatalogueInfo) ->
                 raise _foreign(name, ordered)
             wanted = f"a module of this backbone, whose linear modules are {names_of_backbone(catalogue)}"
             raise expected(name, wanted, quoted(module))
+        require_kind(tensor, role in whole)
         found.setdefault(module, {})[role] = tensor
     return found
+
+
+def require_kind(tensor: TensorRef, integer: bool = False) -> None:
+    """The tensor holds floats, or integers where those are asked for."""
+    if (tensor.dtype in INTEGERS) != integer:
+        wanted = "dtype I32 or I64" if integer else "dtype F32 or F16 or BF16"
+        raise expected(tensor.name, wanted, tensor.dtype)
 
 
 def require_site(module: str, tensor: TensorRef, catalogue: CatalogueInfo) -> SiteInfo:

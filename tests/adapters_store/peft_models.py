@@ -2,23 +2,17 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import IA3Config, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tests.support.backbones import COMMON
 from tests.support.backbones import build as build_plain
-from weft.adapters_store.sites import CatalogueInfo, SiteInfo
-from weft.kernels.layout import Geometry, SiteShape
+from tests.support.catalogues import ModelSites, sites_of
 
-# neighbours that share an input, by the ends of their names
-SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+__all__ = ["ModelSites", "sites_of"]
 
 
 def build(family: str) -> PreTrainedModel:
@@ -31,50 +25,6 @@ def build(family: str) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2)
     return model
-
-
-@dataclass(frozen=True)
-class ModelSites:
-    """A SiteCatalogue over a model that nothing has been done to."""
-
-    model: PreTrainedModel
-    info: CatalogueInfo
-
-    def parameter(self, path: str) -> Tensor | None:
-        """The model's own parameter."""
-        return dict(self.model.named_parameters(remove_duplicate=False)).get(path)
-
-    def geometry(self, dtype: torch.dtype = torch.float32) -> Geometry:
-        """The sites as arithmetic sees them."""
-        shapes = tuple(SiteShape(site.in_features, site.out_features) for site in self.info.sites)
-        return Geometry(shapes, self.info.groups, dtype)
-
-
-def sites_of(model: PreTrainedModel, digest: str = "b" * 64, dtype: torch.dtype = torch.float32) -> ModelSites:
-    """Every linear of a model as a site."""
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    sites = tuple(_site(name, module) for name, module in linears.items())
-    modules = frozenset(name for name, _ in model.named_modules() if name)
-    return ModelSites(model, CatalogueInfo(digest, DTYPES[dtype], sites, _groups([s.path for s in sites]), modules))
-
-
-def _site(name: str, module: nn.Module) -> SiteInfo:
-    if isinstance(module, Conv1D):
-        return SiteInfo(name, module.nx, module.nf, True, "conv1d")
-    assert isinstance(module, nn.Linear)
-    kind = "lm_head" if name == "lm_head" else "linear"
-    return SiteInfo(name, module.in_features, module.out_features, module.bias is not None, kind)
-
-
-def _groups(paths: list[str]) -> tuple[int, ...]:
-    sizes, at = [], 0
-    while at < len(paths):
-        parent = paths[at].rpartition(".")[0]
-        names = [path.rpartition(".")[2] for path in paths[at : at + 3] if path.startswith(f"{parent}.")]
-        size = next((len(run) for run in SHARED if tuple(names[: len(run)]) == run), 1)
-        sizes.append(size)
-        at += size
-    return tuple(sizes)
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -197,7 +197,7 @@ def test_a_block_that_cannot_fit_is_refused_before_it_is_made(llama, tmp_path, m
     tensors = {f"{site}.krona_A": noise((1000, 1, INNER)), f"{site}.krona_B": noise((1000, 32, 1))}
     parsed = read_adapter(Files(krona().config, tensors).write(tmp_path), llama.info)
     monkeypatch.setattr("weft.adapters_store.compile.Values", None)
-    with pytest.raises(AdapterTooLarge, match="at most 100000 bytes, got one of 320512"):
+    with pytest.raises(AdapterTooLarge, match="at most 100000 bytes, got one of 321024"):
         compile_adapter(parsed, llama, llama.geometry(), 100_000)
 
 

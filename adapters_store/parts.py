@@ -1,0 +1,124 @@
+"""What files say about places that are no linears: norms, sublayers, attention, embeddings. Imports no torch."""
+
+from dataclasses import dataclass
+
+from weft.adapters_store.tensor_refs import Value
+
+ATTENTION, MLP = "attention", "mlp"
+# what a bottleneck may read: the sublayer's output, that plus the residual, the residual, the sublayer's normed input
+TAPS = ("h", "h+x_res", "x_res", "ln_x")
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """sigmoid(weight x + bias), averaged over the tokens of a call: weight [k, d], bias [k]."""
+
+    weight: Value
+    bias: Value | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NormOverride:
+    """The weight [d] and bias [d] of a norm in the place of its own; None leaves it."""
+
+    path: str
+    weight: Value | None = None
+    bias: Value | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """x weightᵀ with weight [out, in]."""
+
+    weight: Value
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        out_features, in_features = self.weight.shape
+        return out_features, in_features
+
+
+@dataclass(frozen=True, slots=True)
+class KronSum:
+    """x times the sum over terms of kron(w1, w2), transposed: w1 [o1, i1], w2 [o2, i2], one (o1, o2) for all terms."""
+
+    terms: tuple[tuple[Value, Value], ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        (o1, i1), (o2, i2) = self.terms[0][0].shape, self.terms[0][1].shape
+        return o1 * o2, i1 * i2
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """h += gate · (act(norm(tap) down + down_bias) up + up_bias + skip · tap), before h joins the residual stream.
+
+    after:     ``attention`` or ``mlp``, the sublayer of decoder layer ``layer`` whose output h is
+    down, up:  up None: the first map alone, whose output is as wide as h, and no function
+    norm:      weight and bias of a layer norm of the tap, with epsilon
+    skip:      a number [1]
+    """
+
+    layer: int
+    after: str
+    tap: str
+    act: str
+    down: Matrix | KronSum
+    down_bias: Value | None
+    up: Matrix | KronSum | None
+    up_bias: Value | None
+    skip: Value | None = None
+    norm: tuple[Value, Value, float] | None = None
+    gate: Gate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVPrefix:
+    """Keys and values [p, kv heads · size] that every token of the text attends to as well, unrotated.
+
+    shifts:  whether the text's positions begin at p rather than at 0
+    gate:    weight [k, d] on the attention's input, k = 1: one number for both, 2: keys and values, p: per prefix token
+    """
+
+    layer: int
+    keys: Value
+    values: Value
+    shifts: bool
+    gate: Gate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SoftPrompt:
+    """Rows [v, d] that stand in front of the text's embeddings; the text's positions begin at v."""
+
+    rows: Value
+
+
+@dataclass(frozen=True, slots=True)
+class RowOverride:
+    """Rows [n, d] of the input embedding in the place of its own, for the token ids [n]."""
+
+    ids: Value | tuple[int, ...]
+    rows: Value
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingPair:
+    """embedding(id) += scale · (b a)[:, id] with a [r, vocabulary], b [d, r]."""
+
+    a: Value
+    b: Value
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMask:
+    """The adapter acts from the last place on where the prompt has these tokens, and nowhere without them."""
+
+    tokens: tuple[int, ...]
+
+
+Part = NormOverride | Bottleneck | KVPrefix | SoftPrompt | RowOverride | EmbeddingPair | TokenMask

@@ -1,0 +1,235 @@
+"""Operators beyond the normal form as records of a block: planned from shapes alone, filled when values are read.
+
+A plan knows the size of what it will be before a byte is read, so budgets are judged first; both come from one place.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from weft.adapters_store.errors import expected
+from weft.adapters_store.operators import Columns, Dense, LowRank, Operator, Rows, Sparse
+from weft.adapters_store.parts import (
+    TAPS,
+    Bottleneck,
+    EmbeddingPair,
+    Gate,
+    KronSum,
+    KVPrefix,
+    Matrix,
+    NormOverride,
+    Part,
+    RowOverride,
+    SoftPrompt,
+    TokenMask,
+)
+from weft.adapters_store.sites import CatalogueInfo, SiteInfo
+from weft.adapters_store.tensor_refs import TensorRef, Value
+from weft.adapters_store.values import Values, rounded
+from weft.kernels.activation import NAMES as ACTS
+from weft.kernels.extras import PIECE_WORDS, RECORD_WORDS, Extra, Kind
+from weft.kernels.layout import row_stride
+
+FP32 = torch.float32
+Read = Callable[[Values], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PiecePlan:
+    """One tensor of a record: its shape [rows, columns], the dtype it is stored in, and how to read it in fp32."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    name: str
+    read: Read
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in a block, its rows padded."""
+        return self.rows * row_stride(self.columns, self.dtype) * self.dtype.itemsize
+
+    def fill(self, values: Values) -> Tensor:
+        """The tensor as it is stored."""
+        found = self.read(values).reshape(self.rows, self.columns)
+        return found.to(torch.int32) if self.dtype == torch.int32 else rounded(found, self.dtype, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class RecordPlan:
+    """One record, what it is called in the report, and the module that the report names."""
+
+    kind: Kind
+    place: int
+    options: tuple[int, ...]
+    pieces: tuple[PiecePlan | None, ...]
+    module: str
+    words: str
+    rank: int = 0
+
+    @property
+    def head_words(self) -> int:
+        """Words of the record itself."""
+        return RECORD_WORDS + len(self.options) + PIECE_WORDS * len(self.pieces)
+
+    @property
+    def nbytes(self) -> int:
+        """What its pieces take in a block."""
+        return sum(piece.nbytes for piece in self.pieces if piece is not None)
+
+    def fill(self, values: Values) -> Extra:
+        """The record's content."""
+        tensors = tuple(None if piece is None else piece.fill(values) for piece in self.pieces)
+        return Extra(self.kind, self.place, tensors, self.options)
+
+
+def piece(
+    value: Value, shape: tuple[int, int], dtype: torch.dtype, change: Callable[[Tensor], Tensor] | None = None
+) -> PiecePlan:
+    """A float tensor, changed on the way where that is asked."""
+    read: Read = (lambda values: values.read(value)) if change is None else (lambda values: change(values.read(value)))
+    return PiecePlan(*shape, dtype, value.name, read)
+
+
+def vector(value: Value | None) -> PiecePlan | None:
+    """A vector in fp32, or None."""
+    return None if value is None else piece(value, (1, value.elements), FP32)
+
+
+def integers(ref: TensorRef, below: int, ascending: bool = True) -> PiecePlan:
+    """Indices below a limit."""
+    return PiecePlan(1, ref.elements, torch.int32, ref.name, lambda values: values.indices(ref, below, ascending))
+
+
+def plan_delta(operator: Operator, site: SiteInfo, place: int, dtype: torch.dtype) -> RecordPlan | None:
+    """The record of an operator of a linear; None for those that the normal form holds."""
+    tall, wide = site.out_features, site.in_features
+
+    def record(kind: Kind, words: str, *pieces: PiecePlan | None, rank: int = 0) -> RecordPlan:
+        return RecordPlan(kind, place, (), pieces, site.path, words, rank)
+
+    match operator:
+        case Sparse(index, values):
+            n = index.elements
+            return record(Kind.SPARSE, f"sparse n={n}", integers(index, tall * wide), piece(values, (1, n), dtype))
+        case Rows(index, rows):
+            n = index.elements
+            return record(Kind.ROWS, f"rows k={n}", integers(index, tall, False), piece(rows, (n, wide), dtype))
+        case Columns(index, columns):
+            n = index.elements
+            turned = piece(columns, (n, tall), dtype, lambda t: t.T)
+            return record(Kind.COLUMNS, f"columns k={n}", integers(index, wide, False), turned)
+        case Dense(delta):
+            return record(Kind.DENSE, "dense", piece(delta, (tall, wide), dtype))
+        case LowRank(a, b, scale, Gate() as gate):
+            rank = a.shape[0]
+            pair = piece(a, (rank, wide), dtype), piece(b, (rank, tall), dtype, lambda t: t.T * scale)
+            return record(Kind.GATED, f"gated low_rank r={rank}", *pair, *_gate(gate, wide), rank=rank)
+    return None
+
+
+def plan_part(part: Part, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan | None:
+    """The record of a part; None for a bottleneck that is no more than two matrices (``is_plain``)."""
+    match part:
+        case NormOverride(path, weight, bias):
+            pieces = vector(weight), vector(bias)
+            return RecordPlan(Kind.NORM, info.norm_index[path], (), pieces, path, "norm override")
+        case Bottleneck():
+            return None if is_plain(part) else _bottleneck(part, info, dtype)
+        case KVPrefix():
+            return _prefix(part, info, dtype)
+        case SoftPrompt(rows):
+            count, width = rows.shape
+            return _of_embedding(Kind.SOFT, info, f"soft prompt v={count}", piece(rows, (count, width), dtype))
+        case RowOverride():
+            return _row_override(part, info, dtype)
+        case EmbeddingPair(a, b, scale):
+            rank = a.shape[0]
+            left = piece(a, (a.shape[1], rank), dtype, lambda t: t.T)
+            right = piece(b, (rank, b.shape[0]), dtype, lambda t: t.T * scale)
+            return _of_embedding(Kind.EMBED_PAIR, info, f"low_rank r={rank}", left, right)
+        case TokenMask(tokens):
+            return RecordPlan(Kind.MASK, 0, tokens, (), "prompt", f"acts from the last of {len(tokens)} tokens on")
+
+
+def _of_embedding(kind: Kind, info: CatalogueInfo, words: str, *pieces: PiecePlan) -> RecordPlan:
+    assert info.embedding is not None
+    return RecordPlan(kind, 0, (), pieces, info.embedding.path, words)
+
+
+def is_plain(part: Bottleneck) -> bool:
+    """Whether the kernels of low-rank pairs compute it: two matrices with a function between them."""
+    whole = isinstance(part.down, Matrix) and isinstance(part.up, Matrix)
+    return whole and part.skip is None and part.norm is None and part.gate is None
+
+
+def _bottleneck(part: Bottleneck, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:
+    width = info.hidden[info.hidden_index[part.layer, part.after]].features
+    maps = [list(_map(each, dtype)) for each in (part.down, part.up)]
+    norm = (None, None) if part.norm is None else (vector(part.norm[0]), vector(part.norm[1]))
+    gate = (None, None) if part.gate is None else _gate(part.gate, width)
+    biases = vector(part.down_bias), vector(part.up_bias)
+    # epsilon as the bits of a float: options are integers
+    epsilon = 0 if part.norm is None else int(torch.tensor(part.norm[2], dtype=FP32).view(torch.int32))
+    terms = [len(each.terms) if isinstance(each, KronSum) else 0 for each in (part.down, part.up)]
+    options = (TAPS.index(part.tap), ACTS.index(part.act), *terms, epsilon)
+    pieces = (*norm, *gate, vector(part.skip), *biases, *maps[0], *maps[1])
+    rank = 0 if part.up is None else part.down.shape[0]
+    words = f"bottleneck r={rank} {part.act}" if rank else "hidden map"
+    kind = " kron" if any(terms) else ""
+    place = info.hidden_index[part.layer, part.after]
+    return RecordPlan(Kind.BOTTLENECK, place, options, pieces, module_of(part, info), f"{words}{kind}", rank)
+
+
+def module_of(part: Bottleneck, info: CatalogueInfo) -> str:
+    """What a hidden place is called in reports."""
+    return f"{info.layers[part.layer].path} {part.after}"
+
+
+def _map(said: Matrix | KronSum | None, dtype: torch.dtype) -> Iterator[PiecePlan]:
+    if isinstance(said, Matrix):
+        yield piece(said.weight, said.shape, dtype)
+    elif said is not None:
+        for w1, w2 in said.terms:
+            for factor in (w1, w2):
+                rows, columns = factor.shape
+                yield piece(factor, (rows, columns), dtype)
+
+
+def _prefix(part: KVPrefix, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:
+    layer = info.layers[part.layer]
+    count, heads = part.keys.shape[0], layer.kv_heads
+
+    def by_head(t: Tensor) -> Tensor:
+        return t.reshape(count, heads, -1).transpose(0, 1)
+
+    pieces = (
+        piece(part.keys, (heads * count, layer.key_size), dtype, by_head),
+        piece(part.values, (heads * count, layer.value_size), dtype, by_head),
+        *((None, None) if part.gate is None else _gate(part.gate, layer.features)),
+    )
+    words = f"kv prefix p={count}{' gated' if part.gate else ''}"
+    return RecordPlan(Kind.PREFIX, part.layer, (count, int(part.shifts)), pieces, layer.attention, words)
+
+
+def _row_override(part: RowOverride, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:
+    assert info.embedding is not None
+    count, width = part.rows.shape
+    ids = part.ids
+    if isinstance(ids, tuple):
+        listed = torch.tensor(ids)
+        order = listed.argsort()
+        id_piece = PiecePlan(1, count, torch.int32, part.rows.name, lambda values: listed[order])
+        rows = piece(part.rows, (count, width), dtype, lambda t: t[order])
+    else:
+        if not isinstance(ids, TensorRef):
+            raise expected(ids.name, "token ids from the file", "computed ones")
+        id_piece, rows = integers(ids, info.embedding.rows), piece(part.rows, (count, width), dtype)
+    return _of_embedding(Kind.EMBED_ROWS, info, f"rows n={count}", id_piece, rows)
+
+
+def _gate(gate: Gate, wide: int) -> tuple[PiecePlan, PiecePlan | None]:
+    outputs = gate.weight.elements // wide
+    return piece(gate.weight, (outputs, wide), FP32), vector(gate.bias)
