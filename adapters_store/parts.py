@@ -80,7 +80,8 @@ class KVPrefix:
     """Keys and values [p, kv heads · size] that every token of the text attends to as well, unrotated.
 
     shifts:  whether the text's positions begin at p rather than at 0
-    gate:    weight [k, d] on the attention's input, k = 1: one number for both, 2: keys and values, p: per prefix token
+    gate:    weight [k, d] on the attention's input, k = 1: one number for both; 2: one for keys, one for values
+    gate_per_token:  k = p: a number per prefix token, for its key and value
     """
 
     layer: int
@@ -88,6 +89,7 @@ class KVPrefix:
     values: Value
     shifts: bool
     gate: Gate | None = None
+    gate_per_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)

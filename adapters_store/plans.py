@@ -211,7 +211,9 @@ def _prefix(part: KVPrefix, info: CatalogueInfo, dtype: torch.dtype) -> RecordPl
         *((None, None) if part.gate is None else _gate(part.gate, layer.features)),
     )
     words = f"kv prefix p={count}{' gated' if part.gate else ''}"
-    return RecordPlan(Kind.PREFIX, part.layer, (count, int(part.shifts)), pieces, layer.attention, words)
+    return RecordPlan(
+        Kind.PREFIX, part.layer, (count, int(part.shifts), int(part.gate_per_token)), pieces, layer.attention, words
+    )
 
 
 def _row_override(part: RowOverride, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from weft.kernels.extras import DELTAS, Kind, Record
 from weft.kernels.layout import BETA_OFF, KRON_COUNT, RANK, SIGMA_IN_OFF, SIGMA_OFF, Directory, Geometry
 
 
@@ -42,6 +43,16 @@ class Segment:
     block: Block | None
 
 
+@dataclass(frozen=True, eq=False)
+class SoftSpan:
+    """Token rows [start, stop) of the batch that are rows ``first``.. of a block's soft prompt."""
+
+    start: int
+    stop: int
+    first: int
+    block: Block
+
+
 class Rows:
     """A batch's segments, ready to be applied many times; made by ``Kernels.rows``, opaque to callers.
 
@@ -66,6 +77,14 @@ class Rows:
         for block in self.blocks.values():
             words = block.directory.sites[:, (RANK, KRON_COUNT, SIGMA_OFF, BETA_OFF)].any(axis=1)
             self.touched |= np.logical_or.reduceat(words, starts)
+        self.records: dict[tuple[Kind, int], list[tuple[Segment, Record]]] = {}
+        for segment in self.segments:
+            assert segment.block is not None
+            for record in segment.block.directory.records:
+                self.records.setdefault((record.kind, record.place), []).append((segment, record))
+        for kind, place in self.records:
+            if kind in DELTAS:
+                self.touched[geometry.group_of[place]] = True
 
     def input_scaled(self, site: int) -> tuple[tuple[int, int], ...]:
         """Row ranges, apart from each other and in order, whose block has sigma_in at this site."""

@@ -134,9 +134,8 @@ class TritonKernels(Kernels):
     def rows(self, segments: Sequence[Segment]) -> TritonRows:
         return TritonRows(self.geometry, segments, self.arena.device)
 
-    def apply(self, y: Tensor, x: Tensor, rows: Rows, group: int) -> None:
+    def _apply(self, y: Tensor, x: Tensor, rows: Rows, group: int) -> None:
         assert isinstance(rows, TritonRows)
-        self._check(y, x, rows, group)
         if not rows.touched[group]:
             return
         upcast = self._upcast or x.dtype != self.geometry.dtype

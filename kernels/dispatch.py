@@ -6,8 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weft.kernels.batch import BatchError, Rows, Segment
-from weft.kernels.layout import ALIGN, FACTOR_DTYPES, Geometry
+from weft.kernels import parts
+from weft.kernels.batch import BatchError, Block, Rows, Segment, SoftSpan
+from weft.kernels.extras import DELTAS, Kind, Record
+from weft.kernels.layout import ACT, ALIGN, FACTOR_DTYPES, RANK, TAP_SHIFT, Geometry, Views
+from weft.kernels.norms import Norm, normed
+from weft.kernels.parts import Carried, Pieces
 
 NAMES = ("auto", "torch", "triton")
 
@@ -32,6 +36,10 @@ class Kernels(ABC):
             raise ValueError(f"arena: expected a multiple of {ALIGN} bytes, got {arena.numel()}")
         self.arena = arena
         self.geometry = geometry
+        self._views = Views(arena, geometry.dtype)
+        # views of the pieces of blocks' records: by the key of the block, then by what the record is
+        self._pieces: dict[int, dict[tuple[Kind, int], Pieces]] = {}
+        self._hidden_group = len(geometry.groups) - geometry.hidden
         self._widths = [(geometry.out_features(g), geometry.in_features(g)) for g in range(len(geometry.groups))]
 
     @abstractmethod
@@ -42,15 +50,121 @@ class Kernels(ABC):
                    alike in every batch of this shape
         """
 
-    @abstractmethod
     def apply(self, y: Tensor, x: Tensor, rows: Rows, group: int) -> None:
         """Add the adapters' part to the outputs of a group of sites, in place; base rows keep every bit.
 
-            y = sigma * y + (x A^T) B^T + sum of x kron(w1, w2)^T + beta
+            y = sigma * y + act(x A^T + inner) B^T + sum of x kron(w1, w2)^T + beta + deltas
 
         y:  [tokens, outputs of the group side by side]   fp32, bf16 or fp16; rows may be strided
         x:  [tokens, in_features]   the input as it was *before* sigma_in; rows may be strided
         """
+        self._check(y, x, rows, group)
+        self._apply(y, x, rows, group)
+        left = 0
+        for site in self.geometry.members[group]:
+            right = left + self.geometry.sites[site].out_features
+            for kind in DELTAS:
+                for carried in self.carried(rows, kind, site):
+                    self._add_delta(y[:, left:right], x, carried)
+            left = right
+
+    @abstractmethod
+    def _apply(self, y: Tensor, x: Tensor, rows: Rows, group: int) -> None:
+        """All of ``apply`` but the deltas; the tensors fit."""
+
+    def _add_delta(self, y: Tensor, x: Tensor, carried: Carried) -> None:
+        """Add one adapter's delta at a site, in its rows of y [tokens, out] and x [tokens, in]."""
+        parts.add_delta(y[carried.rows], x[carried.rows], carried)
+
+    def has(self, rows: Rows, kind: Kind, place: int) -> bool:
+        """Whether any row's adapter has this record; known on the host, costs no device work."""
+        return (kind, place) in rows.records
+
+    def carried(self, rows: Rows, kind: Kind, place: int) -> list[Carried]:
+        """The records of this kind at this place, with the rows that they are for."""
+        found = rows.records.get((kind, place), ())
+        return [Carried(segment, record, self._pieces_of(segment.block, record)) for segment, record in found]
+
+    def _pieces_of(self, block: Block | None, record: Record) -> Pieces:
+        assert block is not None
+        known = self._pieces.setdefault(block.key, {})
+        what = (record.kind, record.place)
+        if what not in known:
+            known[what] = tuple(None if p is None else self._views.piece(block.offset, p) for p in record.pieces)
+        return known[what]
+
+    def override_norm(self, out: Tensor, x: Tensor, rows: Rows, place: int, norm: Norm) -> None:
+        """Norm with the adapters' weights and biases, in place, in the rows whose adapter has any.
+
+        out, x:  [tokens, groups, d], what the frozen module made of what
+        """
+        for carried in self.carried(rows, Kind.NORM, place):
+            weight, bias = carried.pieces
+            made = normed(x[carried.rows], norm) * (
+                norm.offset + (norm.weight if weight is None else weight[0]).float()
+            )
+            shift = norm.bias if bias is None else bias[0]
+            if shift is not None:
+                made = made + shift
+            out[carried.rows] = made.to(out.dtype)
+
+    def touches_hidden(self, rows: Rows, place: int) -> bool:
+        """Whether any row's adapter does something behind this sublayer."""
+        return bool(rows.touched[self._hidden_group + place]) or self.has(rows, Kind.BOTTLENECK, place)
+
+    def hidden(self, h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, rows: Rows, place: int) -> None:
+        """Add the adapters' part to a sublayer's output h [tokens, d], in place.
+
+        x_res:  [tokens, d], the residual stream that h will be added to
+        ln_x:   [tokens, d], the sublayer's input where a norm made it
+        """
+        before = h.clone() if self.has(rows, Kind.BOTTLENECK, place) else h
+        group = self._hidden_group + place
+        if rows.touched[group]:
+            self.apply(h, self._tapped(h, x_res, ln_x, rows, group), rows, group)
+        for carried in self.carried(rows, Kind.BOTTLENECK, place):
+            own = carried.rows
+            taken = before[own], None if x_res is None else x_res[own], None if ln_x is None else ln_x[own]
+            # both kinds at one place add up, each to what the sublayer made
+            gained = parts.bottleneck(*taken, carried) - before[own].float()
+            h[own] = (h[own].float() + gained).to(h.dtype)
+
+    def _tapped(self, h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, rows: Rows, group: int) -> Tensor:
+        """Each row's tap, as one tensor that shares nothing with h."""
+        x, site = h.clone(), self.geometry.members[group].start
+        for segment in rows.segments:
+            assert segment.block is not None
+            words = segment.block.directory.sites[site]
+            tap = int(words[ACT]) >> TAP_SHIFT
+            if words[RANK] and tap:
+                own = slice(segment.start, segment.stop)
+                taken = h[own], None if x_res is None else x_res[own], None if ln_x is None else ln_x[own]
+                x[own] = parts.tapped(tap, *taken)
+        return x
+
+    def prefix(self, rows: Rows, start: int, layer: int, heads: int, x: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [heads, p, size] that the segment beginning at row ``start`` attends to first, or None.
+
+        x:  [tokens, d], the attention's input, for prefixes with a gate
+        """
+        for carried in self.carried(rows, Kind.PREFIX, layer):
+            if carried.segment.start == start:
+                return parts.prefix(carried, heads, None if x is None else x[carried.rows])
+        return None
+
+    def embed(self, out: Tensor, ids: Tensor, rows: Rows, soft: Sequence[SoftSpan]) -> None:
+        """The adapters' part in the input embedding, in place: out [tokens, d] for token ids [tokens].
+
+        soft:  rows that are no text: their id means nothing
+        """
+        for kind, change in ((Kind.EMBED_ROWS, parts.embed_rows), (Kind.EMBED_PAIR, parts.embed_pair)):
+            for carried in self.carried(rows, kind, 0):
+                change(out[carried.rows], ids[carried.rows], carried)
+        for span in soft:
+            record = next(r for r in span.block.directory.records if r.kind is Kind.SOFT)
+            (table,) = self._pieces_of(span.block, record)
+            assert table is not None
+            out[span.start : span.stop] = table[span.first : span.first + span.stop - span.start].to(out.dtype)
 
     @abstractmethod
     def scale_input(self, x: Tensor, rows: Rows, site: int) -> Tensor:
@@ -74,8 +188,9 @@ class Kernels(ABC):
         """Adapters, counted once per ``rows``, that did not fit the working set's budget and run slower."""
         return 0
 
-    def forget(self, key: int) -> None:  # noqa: B027 - keeping nothing is a right answer
+    def forget(self, key: int) -> None:
         """The block that was loaded under this key is gone; nothing of it may be kept."""
+        self._pieces.pop(key, None)
 
     def _check(self, y: Tensor | None, x: Tensor, rows: Rows, group: int) -> None:
         tall, wide = self._widths[group]

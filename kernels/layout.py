@@ -73,11 +73,13 @@ class Geometry:
     sites:   in index order
     groups:  sizes of the runs of neighbouring sites that share an input; they sum to len(sites)
     dtype:   of the factors in every block: fp32, bf16 or fp16
+    hidden:  how many sites at the end are hidden places, each a group of its own
     """
 
     sites: tuple[SiteShape, ...]
     groups: tuple[int, ...]
     dtype: torch.dtype
+    hidden: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in FACTOR_DTYPES:
@@ -324,15 +326,11 @@ class _Plan:
                 row[word] = self._place(tensor[None], torch.float32)
 
     def _place_pieces(self, record: Extra, dtype: torch.dtype) -> list[Piece | None]:
-        pieces: list[Piece | None] = []
-        for tensor in record.tensors:
-            if tensor is None:
-                pieces.append(None)
-                continue
-            matrix = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor
-            rows, columns = matrix.shape
-            pieces.append(Piece(self._place(matrix, matrix.dtype), rows, columns, code_of(matrix, dtype)))
-        return pieces
+        matrices = [None if t is None else t.reshape(1, -1) if t.dim() < 2 else t for t in record.tensors]
+        return [
+            None if m is None else Piece(self._place(m, m.dtype), m.shape[0], m.shape[1], code_of(m, dtype))
+            for m in matrices
+        ]
 
     def _place_low_rank(
         self, sites: Words, terms: Mapping[int, SiteTerms], present: Sequence[int], dtype: torch.dtype

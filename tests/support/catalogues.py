@@ -31,7 +31,8 @@ class ModelSites:
         """The sites and hidden places as arithmetic sees them."""
         shapes = [SiteShape(site.in_features, site.out_features) for site in self.info.sites]
         shapes += [SiteShape(place.features, place.features) for place in self.info.hidden]
-        return Geometry(tuple(shapes), (*self.info.groups, *([1] * len(self.info.hidden))), dtype)
+        hidden = len(self.info.hidden)
+        return Geometry(tuple(shapes), (*self.info.groups, *([1] * hidden)), dtype, hidden)
 
 
 def sites_of(model: PreTrainedModel, digest: str = "b" * 64, dtype: torch.dtype = torch.float32) -> ModelSites:

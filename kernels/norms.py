@@ -1,0 +1,30 @@
+"""A norm module as arithmetic sees it, and what an adapter makes of it: ((x − mean) · rsqrt(var + eps)) · (offset + w) + b."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """The frozen module.
+
+    weight, bias:  [d], its own
+    centred:       whether the mean is taken off
+    offset:        what the weight is added to: 1 in families that store weights around 0
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool
+    offset: float
+
+
+def normed(x: Tensor, norm: Norm) -> Tensor:
+    """x [.., d] before weight and bias, in fp32."""
+    wide = x.float()
+    if norm.centred:
+        wide = wide - wide.mean(dim=-1, keepdim=True)
+    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + norm.eps)

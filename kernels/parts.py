@@ -1,0 +1,175 @@
+"""Operators beyond the normal form in plain torch, over the rows of one segment at a time.
+
+A row's result depends on its own segment alone, so no neighbour can change a bit of it. Sums are made in fp32, or in
+bf16 products where a device multiplies those natively, and rounded once where they are added.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weft.kernels.activation import activate
+from weft.kernels.bags import bag
+from weft.kernels.batch import Segment
+from weft.kernels.extras import Kind, Record
+
+Pieces = tuple[Tensor | None, ...]
+
+# what a bottleneck reads: the numbers of parts.TAPS
+TAP_H, TAP_SUM, TAP_RESIDUAL, TAP_NORMED = range(4)
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """A record in a batch: the rows whose adapter has it, and views of its pieces."""
+
+    segment: Segment
+    record: Record
+    pieces: Pieces
+
+    @property
+    def rows(self) -> slice:
+        """Of the batch."""
+        return slice(self.segment.start, self.segment.stop)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [rows, in] weightᵀ [in, out]: in bf16 where both are, else in fp32."""
+    native = x.dtype == weight.dtype == torch.bfloat16
+    return x @ weight.T if native else x.float() @ weight.float().T
+
+
+def mean_gate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """sigmoid(x weightᵀ + bias) [k], averaged over the rows of x [rows, d]: those of one request in one call."""
+    return torch.sigmoid(F.linear(x.float(), weight, None if bias is None else bias[0])).mean(dim=0)
+
+
+def delta(x: Tensor, carried: Carried, tall: int) -> Tensor:
+    """What a delta adds to the outputs [rows, tall] of a linear whose input is x [rows, in]."""
+    kind, pieces = carried.record.kind, carried.pieces
+    first, second = pieces[0], pieces[min(1, len(pieces) - 1)]
+    assert first is not None
+    assert second is not None
+    if kind is Kind.DENSE:
+        return product(x, first)
+    if kind is Kind.COLUMNS:
+        return product(x.index_select(1, first[0]), second.T)
+    if kind is Kind.SPARSE:
+        return _sparse(x, first[0], second[0], tall)
+    assert kind is Kind.GATED, f"{kind.name} is no delta of all outputs"
+    gate, bias = pieces[2], pieces[3]
+    assert gate is not None
+    return mean_gate(x, gate, bias) * product(product(x, first).to(x.dtype), second.T).float()
+
+
+def add_delta(y: Tensor, x: Tensor, carried: Carried) -> None:
+    """Add a delta to y [rows, out] in place, rounded once."""
+    if carried.record.kind is Kind.ROWS:
+        index, weight = carried.pieces
+        assert index is not None
+        assert weight is not None
+        part = y.index_select(1, index[0])
+        y.index_copy_(1, index[0].long(), (part.float() + product(x, weight)).to(y.dtype))
+    else:
+        y.copy_(y.float() + delta(x, carried, y.shape[1]))
+
+
+def _sparse(x: Tensor, index: Tensor, values: Tensor, tall: int) -> Tensor:
+    """x [rows, in] times the transposed matrix [tall, in] that is zero but for ``values`` at the flat ``index``."""
+    wide = x.shape[1]
+    firsts = torch.arange(0, (tall + 1) * wide, wide, dtype=torch.int64, device=x.device)
+    starts = torch.searchsorted(index, firsts).int()
+    same = x.dtype == values.dtype
+    table = x.T.contiguous() if same else x.T.float().contiguous()
+    summed = bag(table, index % wide, starts, values.contiguous() if same else values.float())
+    return summed.T
+
+
+def bottleneck(h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, carried: Carried) -> Tensor:
+    """What h [rows, d] becomes, in fp32.
+
+    options:  tap, function, terms of the two maps (0: a matrix), bits of the norm's epsilon
+    pieces:   norm weight, norm bias, gate weight, gate bias, skip, down bias, up bias, down.., up..
+    """
+    tap, function, down_terms, up_terms, epsilon = carried.record.options
+    norm_weight, norm_bias, gate, gate_bias, skip, down_bias, up_bias, *maps = carried.pieces
+    x = tapped(tap, h, x_res, ln_x)
+    u = x
+    if norm_weight is not None:
+        assert norm_bias is not None
+        eps = float(torch.tensor(epsilon, dtype=torch.int32).view(torch.float32))
+        u = F.layer_norm(x.float(), (x.shape[1],), norm_weight[0], norm_bias[0], eps)
+    split = max(1, 2 * down_terms)
+    out = _plus(_mapped(u, maps[:split], down_terms), down_bias)
+    if maps[split:]:
+        out = _plus(_mapped(activate(out, function).to(h.dtype), maps[split:], up_terms), up_bias)
+    if skip is not None:
+        out = out + skip[0] * x.float()
+    if gate is not None:
+        out = mean_gate(x, gate, gate_bias) * out
+    return h.float() + out
+
+
+def tapped(tap: int, h: Tensor, x_res: Tensor | None, ln_x: Tensor | None) -> Tensor:
+    """The input that a tap names. An adapter that needs what the place lacks is refused at registration."""
+    if tap == TAP_H:
+        return h
+    if tap == TAP_NORMED:
+        assert ln_x is not None
+        return ln_x
+    assert x_res is not None
+    return x_res if tap == TAP_RESIDUAL else h + x_res
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x.float() if bias is None else x.float() + bias[0]
+
+
+def _mapped(x: Tensor, factors: Sequence[Tensor | None], terms: int) -> Tensor:
+    """x [rows, in] through a matrix [out, in], or through a sum of Kronecker products that is never written out."""
+    found = [factor for factor in factors if factor is not None]
+    if not terms:
+        return product(x, found[0])
+    total: Tensor | None = None
+    for w1, w2 in zip(found[::2], found[1::2], strict=True):
+        folded = x.reshape(-1, w2.shape[1]).float() @ w2.float().T
+        mixed = torch.matmul(w1.float(), folded.view(-1, w1.shape[1], w2.shape[0])).flatten(1)
+        total = mixed if total is None else total + mixed
+    assert total is not None
+    return total
+
+
+def prefix(carried: Carried, heads: int, x: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values [heads, p, size] of a prefix, times its gate on the attention's input x [rows, d]."""
+    keys, values, gate, gate_bias = carried.pieces
+    assert keys is not None
+    assert values is not None
+    count, _, per_token = carried.record.options
+    keys, values = (t.reshape(heads, count, -1) for t in (keys, values))
+    if gate is None:
+        return keys, values
+    assert x is not None, "the hook of the attention keeps its input for gates"
+    g = mean_gate(x, gate, gate_bias)
+    for_keys, for_values = (g[:, None], g[:, None]) if per_token else (g[0], g[-1])
+    return (keys.float() * for_keys).to(keys.dtype), (values.float() * for_values).to(values.dtype)
+
+
+def embed_rows(out: Tensor, ids: Tensor, carried: Carried) -> None:
+    """Rows of out [rows, d] whose id has a row of its own become that row."""
+    listed, rows = carried.pieces
+    assert listed is not None
+    assert rows is not None
+    place = torch.searchsorted(listed[0], ids.int()).clamp(max=listed.shape[1] - 1)
+    hit = listed[0][place] == ids
+    out.copy_(torch.where(hit[:, None], rows[place].to(out.dtype), out))
+
+
+def embed_pair(out: Tensor, ids: Tensor, carried: Carried) -> None:
+    """out [rows, d] += a[id] b."""
+    a, b = carried.pieces
+    assert a is not None
+    assert b is not None
+    out.copy_(out.float() + a[ids].float() @ b.float())
