@@ -78,7 +78,7 @@ class Bias:
 class Sparse:
     """y += x Δᵀ with Δ [out, in] zero but for ``values`` [n] at ``index`` [n] of the flat matrix, row by row."""
 
-    index: TensorRef
+    index: Value
     values: Value
 
 

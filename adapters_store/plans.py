@@ -98,7 +98,7 @@ def vector(value: Value | None) -> PiecePlan | None:
     return None if value is None else piece(value, (1, value.elements), FP32)
 
 
-def integers(ref: TensorRef, below: int, ascending: bool = True) -> PiecePlan:
+def integers(ref: Value, below: int, ascending: bool = True) -> PiecePlan:
     """Indices below a limit."""
     return PiecePlan(1, ref.elements, torch.int32, ref.name, lambda values: values.indices(ref, below, ascending))
 

@@ -81,6 +81,7 @@ class CatalogueInfo:
     norms:      in the order in which they run
     hidden:     in order of layers; empty where the family's layers do not add up as x + attention, x + mlp
     layers:     decoder layers in order
+    declared:   paths of the sites in the order in which the model's modules stand; empty if that is theirs here
     """
 
     digest: str
@@ -93,6 +94,7 @@ class CatalogueInfo:
     hidden: tuple[HiddenInfo, ...] = ()
     layers: tuple[LayerInfo, ...] = ()
     embedding: EmbeddingInfo | None = None
+    declared: tuple[str, ...] = ()
 
     @cached_property
     def index(self) -> Mapping[str, int]:

@@ -47,9 +47,9 @@ class Values:
         """The tensor in fp32; not to be written to. AdapterInvalid if a value is not finite."""
         return self._compute(value) if isinstance(value, Computed) else self._read(value)
 
-    def indices(self, ref: TensorRef, below: int, ascending: bool = True) -> Tensor:
+    def indices(self, ref: Value, below: int, ascending: bool = True) -> Tensor:
         """An integer tensor, flat, as int64: each in [0, below), each once, in ascending order where that is asked."""
-        index = self._raw(ref.start, ref.stop, ref.dtype).long()
+        index = (self._formula(ref) if isinstance(ref, Computed) else self._source(ref)).long().reshape(-1)
         wrong = index[(index < 0) | (index >= below)]
         if len(wrong):
             raise expected(ref.name, f"indices from 0 to {below - 1}", int(wrong[0]))
@@ -61,14 +61,18 @@ class Values:
 
     def _compute(self, value: Computed) -> Tensor:
         if id(value) not in self._computed:
-            sources = [self._source(source) for source in value.sources]
-            parameters = [weight_of(self.catalogue, path) for path in value.parameters]
-            result = value.formula(*sources, *parameters).float()
-            assert tuple(result.shape) == value.shape, f"{value.name}: the formula gives {list(result.shape)}"
+            result = self._formula(value).float()
             if not bool(torch.isfinite(result).all()):
                 raise expected(value.name, "values that the method's formula can use", "NaN or infinity from it")
             self._computed[id(value)] = (value, result)
         return self._computed[id(value)][1]
+
+    def _formula(self, value: Computed) -> Tensor:
+        sources = [self._source(source) for source in value.sources]
+        parameters = [weight_of(self.catalogue, path) for path in value.parameters]
+        result = value.formula(*sources, *parameters)
+        assert tuple(result.shape) == value.shape, f"{value.name}: the formula gives {list(result.shape)}"
+        return result
 
     def _source(self, source: Value) -> Tensor:
         if isinstance(source, TensorRef) and source.dtype in INTEGERS:

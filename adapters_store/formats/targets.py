@@ -23,6 +23,16 @@ def target_sites(settings: Settings, catalogue: CatalogueInfo, by_layer: bool = 
     by_layer:  whether the method has ``layers_to_transform`` and ``layers_pattern``
     AdapterInvalid if a target matches nothing, or matches a module that is no site.
     """
+    found = target_modules(settings, catalogue, by_layer)
+    strangers = [name for name in found if name not in catalogue.index]
+    if strangers:
+        why = "weft adapts linear modules of the decoder layers and the output embedding, not input embeddings or norms"
+        raise expected("target_modules", "linear modules only", some(strangers), why)
+    return tuple(sorted(found, key=catalogue.index.__getitem__))
+
+
+def target_modules(settings: Settings, catalogue: CatalogueInfo, by_layer: bool = True) -> list[str]:
+    """Paths of the modules of any kind that a config targets. AdapterInvalid if there is none."""
     targets, excluded = settings.names("target_modules"), settings.names("exclude_modules")
     layers = settings.integers("layers_to_transform") if by_layer else None
     layers_pattern = settings.names("layers_pattern") if by_layer else None
@@ -42,11 +52,7 @@ def target_sites(settings: Settings, catalogue: CatalogueInfo, by_layer: bool = 
     found = [name for name in found if name not in left_out]
     if not found:
         raise expected("target_modules", "to match a module of this backbone", "no match")
-    strangers = [name for name in found if name not in catalogue.index]
-    if strangers:
-        why = "weft adapts linear modules of the decoder layers and the output embedding, not input embeddings or norms"
-        raise expected("target_modules", "linear modules only", some(strangers), why)
-    return tuple(sorted(found, key=catalogue.index.__getitem__))
+    return found
 
 
 def by_pattern(pattern_values: Mapping[str, T], default: T, sites: Sequence[str], field: str) -> dict[str, T]:

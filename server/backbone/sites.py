@@ -106,12 +106,14 @@ def catalogue(model: PreTrainedModel, groups: tuple[LinearGroup, ...], head: str
         for group in groups
         for member in group.members
     )
+    paths = {site.path for site in sites}
     return CatalogueInfo(
         digest=digest,
         dtype=str(model.dtype).removeprefix("torch."),
         sites=sites,
         groups=tuple(len(group.members) for group in groups),
         modules=frozenset(name for name, _ in model.named_modules() if name),
+        declared=tuple(name for name, _ in model.named_modules() if name in paths),
     )
 
 
