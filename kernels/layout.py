@@ -30,7 +30,7 @@ from torch import Tensor
 
 from weft.kernels import extras
 from weft.kernels.activation import IDENTITY
-from weft.kernels.extras import FACTOR, INTEGER, Extra, Piece, Record, code_of
+from weft.kernels.extras import FACTOR, INTEGER, Extra, Kind, Piece, Record, code_of
 
 UNIT = 16
 ALIGN = 256
@@ -159,6 +159,11 @@ class Directory:
     signature: bytes
     nbytes: int
 
+    @cached_property
+    def kinds(self) -> frozenset[Kind]:
+        """Kinds of its records."""
+        return frozenset(record.kind for record in self.records)
+
 
 def round_up(value: int, multiple: int) -> int:
     """The least multiple of ``multiple`` that is not below ``value``."""
@@ -195,7 +200,8 @@ def directory(image: Tensor) -> Directory:
     """Read the head of an image (or of a block on any device). LayoutError if it is not of this format."""
     header = _words(image, HEADER_WORDS)
     if header is None or int(header[0]) != MAGIC:
-        raise LayoutError(f"image: expected a block of format {IMAGE_FORMAT}, got {_name(header)}")
+        name = "too few bytes" if header is None else f"a first word of {int(header[0]):#x}"
+        raise LayoutError(f"image: expected a block of format {IMAGE_FORMAT}, got {name}")
     sites, nbytes, head_units = int(header[1]), int(header[2]) * ALIGN, int(header[3])
     head = _words(image, head_units * UNIT // 4)
     if head is None or nbytes != image.numel() or HEADER_WORDS + sites * SITE_WORDS > head.size:
@@ -382,8 +388,7 @@ def _check(geometry: Geometry, site: int, term: SiteTerms) -> None:
 def _words(image: Tensor, count: int) -> Words | None:
     if image.dtype != torch.uint8 or image.dim() != 1 or image.numel() < 4 * count:
         return None
-    words: Words = image[: 4 * count].cpu().contiguous().numpy().view(np.int32).copy()
-    return words
+    return image[: 4 * count].cpu().contiguous().numpy().view(np.int32).copy()
 
 
 def _kron_terms(head: Words, offset: int, count: int) -> Iterator[KronTerm]:
@@ -391,7 +396,3 @@ def _kron_terms(head: Words, offset: int, count: int) -> Iterator[KronTerm]:
     for _ in range(count):
         yield KronTerm(*head[start : start + KRON_WORDS].tolist())
         start += KRON_WORDS
-
-
-def _name(header: Words | None) -> str:
-    return "too few bytes" if header is None else f"a first word of {int(header[0]):#x}"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from weft.server.backbone.step import DecodeSpan, PrefillSpan, active
+from weft.server.backbone.step import DecodeSpan, PrefillSpan, Step, active
 
 NAME = "weft"
 
@@ -59,8 +59,16 @@ def paged_attention(
         assert same.rows is not None
         out.index_copy_(0, same.rows, _decode(rows.index_select(0, same.rows), keys, values, same, form))
     for span in step.prefill:
-        out[span.start : span.stop] = _prefill(rows[span.start : span.stop], keys, values, span, form)
+        before = _prefix(step, span, layer, keys.shape[0]) if span.prefixed else None
+        out[span.start : span.stop] = _prefill(rows[span.start : span.stop], keys, values, span, form, before)
     return out[None], None
+
+
+def _prefix(step: Step, span: PrefillSpan, layer: int, heads: int) -> tuple[Tensor, Tensor] | None:
+    """Keys and values [kv heads, p, size] of the sequence's adapter at this layer, or None."""
+    assert step.kernels is not None
+    assert step.rows is not None
+    return step.kernels.prefix(step.rows, span.start, layer, heads, step.attention_inputs.get(layer))
 
 
 def _decode(rows: Tensor, keys: Tensor, values: Tensor, span: DecodeSpan, form: Form) -> Tensor:
@@ -79,16 +87,28 @@ def _decode(rows: Tensor, keys: Tensor, values: Tensor, span: DecodeSpan, form: 
     return torch.matmul(weights.to(v.dtype), v).transpose(0, 1).reshape(count, heads, -1)
 
 
-def _prefill(rows: Tensor, keys: Tensor, values: Tensor, span: PrefillSpan, form: Form) -> Tensor:
+def _prefill(
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    span: PrefillSpan,
+    form: Form,
+    before: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """The query rows of one sequence: [rows, heads, key size] → [rows, heads, value size]."""
     count, heads, _ = rows.shape
-    context = span.slots.numel()
     # [1, heads, rows or context, size]
     k = keys.index_select(1, span.slots)[None]
     v = values.index_select(1, span.slots)[None]
     q = rows.transpose(0, 1)[None]
+    always = 0
+    if before is not None:
+        k, v = (torch.cat([b[None].to(t.dtype), t], dim=2) for b, t in zip(before, (k, v), strict=True))
+        # a prefix without positions is in every window
+        always = 0 if span.shifted else before[0].shape[1]
+    context = k.shape[2]
     whole = count == context and (form.window is None or context <= form.window)
-    hidden = None if whole and form.softcap is None else _hidden(count, context, form.window, rows.device)
+    hidden = None if whole and form.softcap is None else _hidden(count, context, form.window, rows.device, always)
     kv_heads = k.shape[1]
     if form.softcap is None:
         mask = None if hidden is None else ~hidden
@@ -102,13 +122,16 @@ def _prefill(rows: Tensor, keys: Tensor, values: Tensor, span: PrefillSpan, form
     return torch.matmul(weights.to(v.dtype), v[0, :, None]).reshape(heads, count, -1).transpose(0, 1)
 
 
-def _hidden(count: int, context: int, window: int | None, device: torch.device) -> Tensor:
-    """[count, context] bool: what the last ``count`` positions of a context must not see."""
+def _hidden(count: int, context: int, window: int | None, device: torch.device, always: int = 0) -> Tensor:
+    """[count, context] bool: what the last ``count`` positions of a context must not see.
+
+    always:  positions at its beginning that every window reaches
+    """
     position = torch.arange(context, device=device)
     own = position[context - count :, None]
     hidden = position > own
     if window is not None:
-        hidden |= position <= own - window
+        hidden |= (position <= own - window) & (position >= always)
     return hidden
 
 

@@ -6,26 +6,30 @@ Model code of transformers calls linears and attention without extra arguments; 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from weft.kernels.batch import Rows
+from weft.kernels.batch import Rows, SoftSpan
 from weft.kernels.dispatch import Kernels
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillSpan:
-    """Several tokens of one sequence that attend causally to each other and to what is cached.
+    """Tokens of one sequence that attend causally to each other, to what is cached, and to its adapter's prefix.
 
     start, stop:  rows of the batch
     slots:        [context] int64, KV slots of the sequence's tokens up to and including the last of these rows
+    prefixed:     whether its adapter has a prefix, which lies before all of these
+    shifted:      whether that prefix counts as so many positions of the sequence
     """
 
     start: int
     stop: int
     slots: Tensor
+    prefixed: bool = False
+    shifted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,8 @@ class Step:
     write_slots:  [tokens] int64, the slot where each row's key and value go
     rows:         adapters of the token rows, None when all are base rows
     head_rows:    adapters of the rows whose logits are kept, None when all are base rows
+    soft:         rows that stand for soft prompts
+    attention_inputs:  by layer, what its attention was given, while a row's prefix asks for it
     """
 
     kv: PagedKV
@@ -93,6 +99,8 @@ class Step:
     kernels: Kernels | None = None
     rows: Rows | None = None
     head_rows: Rows | None = None
+    soft: tuple[SoftSpan, ...] = ()
+    attention_inputs: dict[int, Tensor] = field(default_factory=dict)
 
 
 _active: ContextVar[Step] = ContextVar("weft_step")

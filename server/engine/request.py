@@ -4,16 +4,21 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from weft.adapters_store.report import Traits
 from weft.adapters_store.residency import Lease
 from weft.server.engine.messages import Submit
+
+NO_TRAITS = Traits()
 
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """Only the scheduler changes it.
+    """Only the scheduler changes it. Its tokens are the adapter's extra rows, the prompt, and the output.
 
-    computed:  tokens whose keys and values are cached
-    slots:     [prompt + max_new_tokens] int64, the KV slot of each position, from admission to the end
+    computed:   tokens whose keys and values are cached
+    slots:      [length_max] int64, the KV slot of each token, from admission to the end
+    traits:     of its adapter, from admission on
+    acts_from:  the first token on which the adapter acts
     """
 
     submit: Submit
@@ -24,11 +29,13 @@ class Request:
     missed_s: float | None = None  # when it could first have run, had its adapter been there
     pages: tuple[int, ...] = ()
     slots: Tensor | None = None
+    traits: Traits = NO_TRAITS
+    acts_from: int = 0
 
     @property
     def length(self) -> int:
         """Tokens known so far."""
-        return len(self.submit.prompt) + len(self.output)
+        return self.traits.extra_rows + len(self.submit.prompt) + len(self.output)
 
     @property
     def pending(self) -> int:
@@ -38,9 +45,21 @@ class Request:
     @property
     def length_max(self) -> int:
         """Tokens it may grow to; pages for all of them are reserved at admission."""
-        return len(self.submit.prompt) + self.submit.max_new_tokens
+        return self.traits.extra_rows + len(self.submit.prompt) + self.submit.max_new_tokens
 
-    def token(self, position: int) -> int:
-        """The token at a known position."""
-        prompt = self.submit.prompt
-        return prompt[position] if position < len(prompt) else self.output[position - len(prompt)]
+    def token(self, index: int) -> int:
+        """The token at a known index; 0 stands for an extra row, which has no token."""
+        prompt, at = self.submit.prompt, index - self.traits.extra_rows
+        if at < 0:
+            return 0
+        return prompt[at] if at < len(prompt) else self.output[at - len(prompt)]
+
+
+def acts_from(traits: Traits, prompt: tuple[int, ...], length_max: int) -> int:
+    """The first token on which an adapter acts: where its token mask begins last, or behind the end."""
+    mask = traits.token_mask
+    if not mask:
+        return 0
+    starts = range(len(prompt) - len(mask), -1, -1)
+    found = next((start for start in starts if prompt[start : start + len(mask)] == mask), None)
+    return length_max if found is None else traits.extra_rows + found

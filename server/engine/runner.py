@@ -5,8 +5,9 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from weft.kernels.batch import Rows, Segment
+from weft.kernels.batch import Rows, Segment, SoftSpan
 from weft.kernels.dispatch import Kernels
+from weft.kernels.extras import Kind
 from weft.server.backbone.model import Backbone
 from weft.server.backbone.step import DecodeSpan, PagedKV, PrefillSpan, Step
 from weft.server.engine.request import Request
@@ -49,8 +50,9 @@ class Runner:
             decode=self._decode_spans(batch, starts),
             prefill=self._prefill_spans(batch, starts),
             kernels=self._kernels,
-            rows=self._adapter_rows([(item, item.count) for item in batch.items]),
-            head_rows=self._adapter_rows([(item, 1) for item, _ in sampling]),
+            rows=self._adapter_rows([(item, item.start, item.count) for item in batch.items]),
+            head_rows=self._adapter_rows([(item, item.start + item.count - 1, 1) for item, _ in sampling]),
+            soft=_soft_spans(batch, starts),
         )
         keep = self._tensor([row for _, row in sampling])
         logits = self._backbone.forward(self._tensor(ids), self._tensor(positions), keep, step)
@@ -74,17 +76,17 @@ class Runner:
         for item in batch.items:
             starts.append(len(ids))
             request, pages = item.request, item.request.pages
-            for position in range(item.start, item.start + item.count):
-                ids.append(request.token(position))
-                positions.append(position)
-                slots.append(pages[position // size] * size + position % size)
+            for index in range(item.start, item.start + item.count):
+                ids.append(request.token(index))
+                positions.append(index + request.traits.position_offset)
+                slots.append(pages[index // size] * size + index % size)
         return starts, ids, positions, slots
 
     def _decode_spans(self, batch: Batch, starts: list[int]) -> tuple[DecodeSpan, ...]:
         """Single tokens, by the context that their sequences are padded to: a long one costs no short one."""
         like: dict[int, list[tuple[Item, int]]] = {}
         for item, start in zip(batch.items, starts, strict=True):
-            if item.count == 1:
+            if item.count == 1 and not _prefixed(item):
                 like.setdefault(padded_context(item.start + 1), []).append((item, start))
         tables = self._slot_tables({context: [item.request for item, _ in same] for context, same in like.items()})
         spans = []
@@ -98,10 +100,12 @@ class Runner:
     def _prefill_spans(self, batch: Batch, starts: list[int]) -> tuple[PrefillSpan, ...]:
         spans = []
         for item, start in zip(batch.items, starts, strict=True):
-            if item.count > 1:
+            prefixed = _prefixed(item)
+            if item.count > 1 or prefixed:
                 assert item.request.slots is not None
                 known = item.request.slots[: item.start + item.count].to(self._backbone.device)
-                spans.append(PrefillSpan(start, start + item.count, known))
+                shifted = item.request.traits.position_offset > 0
+                spans.append(PrefillSpan(start, start + item.count, known, prefixed, shifted))
         return tuple(spans)
 
     def _slot_tables(self, like: dict[int, list[Request]]) -> list[Tensor]:
@@ -118,12 +122,20 @@ class Runner:
             self._tables = (like, tables)
         return self._tables[1]
 
-    def _adapter_rows(self, parts: list[tuple[Item, int]]) -> Rows | None:
-        """The kernels' view of which rows carry which block; the same object while nothing changes."""
+    def _adapter_rows(self, parts: list[tuple[Item, int, int]]) -> Rows | None:
+        """The kernels' view of which rows carry which block; the same object while nothing changes.
+
+        parts:  items, the first of their tokens that is meant, and how many are
+        """
         segments: list[Segment] = []
         start = 0
-        for item, count in parts:
-            segments.append(Segment(start, start + count, item.block))
+        for item, first, count in parts:
+            # tokens in front of where the adapter begins to act are rows of the base
+            idle = min(max(item.request.acts_from - first, 0), count)
+            if idle:
+                segments.append(Segment(start, start + idle, None))
+            if count > idle:
+                segments.append(Segment(start + idle, start + count, item.block))
             start += count
         if all(segment.block is None for segment in segments):
             return None
@@ -146,3 +158,19 @@ class Runner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self._backbone.device, non_blocking=True)
+
+
+def _prefixed(item: Item) -> bool:
+    """Whether the item's adapter brings keys and values of its own."""
+    return item.block is not None and Kind.PREFIX in item.block.directory.kinds
+
+
+def _soft_spans(batch: Batch, starts: list[int]) -> tuple[SoftSpan, ...]:
+    """Rows of the step that are an adapter's and no text's."""
+    spans = []
+    for item, start in zip(batch.items, starts, strict=True):
+        count = min(item.request.traits.extra_rows - item.start, item.count)
+        if count > 0:
+            assert item.block is not None
+            spans.append(SoftSpan(start, start + count, item.start, item.block))
+    return tuple(spans)

@@ -12,11 +12,12 @@ import torch
 
 from weft.adapters_store.errors import AdapterError
 from weft.adapters_store.residency import Lease
+from weft.adapters_store.traits import traits_of
 from weft.kernels.batch import Block
 from weft.server.engine.failures import failure_of
 from weft.server.engine.messages import Event, Failed, Failure, FinishReason, RequestId, Scheduled, Tokens
 from weft.server.engine.pages import PagePool
-from weft.server.engine.request import Request
+from weft.server.engine.request import NO_TRAITS, Request, acts_from
 
 # loading takes milliseconds; an adapter that is not there after this waits for room that others keep taking
 ADAPTER_PATIENCE_S = 2.0
@@ -108,11 +109,9 @@ class Scheduler:
         assert id not in self._waiting, "ids name one request at a time"
         assert id not in self._running, "ids name one request at a time"
         assert len(request.submit.prompt) * request.submit.max_new_tokens > 0, "the door lets nothing else through"
-        needed = self._pages.count(request.length_max)
-        if needed > self._pages.total:
-            limit = self._pages.total * self._pages.page_tokens
-            message = f"prompt plus max_new_tokens: kv_bytes_max holds {limit} tokens, got {request.length_max}"
-            self._events.append(Failed(request.submit.id, Failure.REQUEST_TOO_LARGE, message))
+        problem = self._too_large(request)
+        if problem is not None:
+            self._events.append(Failed(request.submit.id, Failure.REQUEST_TOO_LARGE, problem))
             return
         self._waiting[request.submit.id] = request
 
@@ -129,6 +128,8 @@ class Scheduler:
         items: list[Item] = []
         for request in sorted(self._running.values(), key=lambda request: request.pending > 1):
             count = min(request.pending, budget)
+            if count < request.pending and request.traits.whole_prompt:
+                continue
             if count:
                 items.append(_item(request, count))
                 budget -= count
@@ -201,12 +202,43 @@ class Scheduler:
                 if request.missed_s is not None and now - request.missed_s > ADAPTER_PATIENCE_S:
                     return
                 continue
+            if not self._fits_with_adapter(request):
+                if request.submit.id in self._waiting:
+                    return
+                continue
             request.pages = self._pages.allocate(request.length_max)
             request.slots = self._slots(request.pages)
             del self._waiting[request.submit.id]
             self._running[request.submit.id] = request
             wait_s = 0.0 if request.missed_s is None else now - request.missed_s
             self._events.append(Scheduled(request.submit.id, now - request.submitted_s, wait_s))
+
+    def _too_large(self, request: Request) -> str | None:
+        """Why a request can never run, or None."""
+        if self._pages.count(request.length_max) > self._pages.total:
+            limit = self._pages.total * self._pages.page_tokens
+            return f"prompt plus max_new_tokens: kv_bytes_max holds {limit} tokens, got {request.length_max}"
+        whole = self._batch_tokens_max - self._batch_requests_max
+        if request.traits.whole_prompt and request.length > whole:
+            return f"prompt: this adapter's gates need it in one step, which holds {whole} tokens, got {request.length}"
+        return None
+
+    def _fits_with_adapter(self, request: Request) -> bool:
+        """Take in what the adapter just held asks of its requests; give it back while they do not fit."""
+        assert request.slots is None
+        if request.lease is None:
+            return True
+        request.traits = traits_of(request.lease.block.directory)
+        request.acts_from = acts_from(request.traits, request.submit.prompt, request.length_max)
+        problem = self._too_large(request)
+        if problem is not None:
+            self._retire(request, Failed(request.submit.id, Failure.REQUEST_TOO_LARGE, problem))
+            return False
+        if self._pages.fits(request.length_max):
+            return True
+        self._adapters.release(request.lease)
+        request.lease, request.traits = None, NO_TRAITS
+        return False
 
     def _hold_adapter(self, request: Request, now: float) -> bool:
         digest = request.submit.adapter

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.adapters_store.errors import AdapterTooLarge
+from weft.adapters_store.report import Traits
+from weft.kernels.extras import Kind, Piece, Record
 from weft.server.engine.messages import (
     Digest,
     Failed,
@@ -20,7 +22,7 @@ from weft.server.engine.messages import (
     Tokens,
 )
 from weft.server.engine.pages import PagePool
-from weft.server.engine.request import Request
+from weft.server.engine.request import Request, acts_from
 from weft.server.engine.scheduler import ADAPTER_PATIENCE_S, Scheduler
 
 
@@ -31,6 +33,7 @@ class FakeResidency:
     there: set[str] = field(default_factory=set)
     impossible: set[str] = field(default_factory=set)
     held: list[str] = field(default_factory=list)
+    records: dict[str, tuple[Record, ...]] = field(default_factory=dict)
 
     def acquire(self, digest):
         if digest in self.impossible:
@@ -38,7 +41,9 @@ class FakeResidency:
         if digest not in self.there:
             return None
         self.held.append(digest)
-        return SimpleNamespace(digest=digest, block=SimpleNamespace(key=sorted(self.there).index(digest)))
+        directory = SimpleNamespace(records=self.records.get(digest, ()))
+        block = SimpleNamespace(key=sorted(self.there).index(digest), directory=directory)
+        return SimpleNamespace(digest=digest, block=block)
 
     def release(self, lease):
         self.held.remove(lease.digest)
@@ -210,3 +215,66 @@ def test_pages_and_leases_are_conserved_over_any_history(history):
         run_step(scheduler)
     assert (residency.held, pool.used) == ([], 0)
     assert not scheduler.waiting
+
+
+def soft(rows):
+    return (Record(Kind.SOFT, 0, (), (Piece(16, rows, 8, 0),)),)
+
+
+def gated():
+    gate = Piece(16, 1, 8, 1)
+    return (Record(Kind.PREFIX, 0, (2, 0, 0), (gate, gate, gate, None)),)
+
+
+def test_extra_rows_of_an_adapter_are_computed_before_the_prompt():
+    scheduler, residency, pool = make()
+    residency.records["a"] = soft(5)
+    submit(scheduler, "1", prompt=3, new=2, adapter="a")
+    batch = scheduler.plan()
+    request = batch.items[0].request
+    assert [(item.start, item.count) for item in batch.items] == [(0, 8)]
+    assert [request.token(i) for i in range(8)] == [0] * 5 + [0, 1, 2]
+    assert pool.used == pool.count(5 + 3 + 2)
+
+
+def test_extra_rows_wait_for_pages_without_holding_the_adapter():
+    scheduler, residency, _ = make(pages=5)
+    residency.records["a"] = soft(8)
+    submit(scheduler, "first", prompt=6, new=2)
+    scheduler.plan()
+    submit(scheduler, "second", prompt=3, new=1, adapter="a")
+    scheduler.plan()
+    assert [request.submit.id for request in scheduler.running] == ["first"]
+    assert not residency.held
+
+
+def test_extra_rows_that_can_never_fit_end_the_request():
+    scheduler, residency, _ = make(pages=3)
+    residency.records["a"] = soft(80)
+    submit(scheduler, "1", adapter="a")
+    scheduler.plan()
+    (event,) = scheduler.drain_events()
+    assert isinstance(event, Failed)
+    assert event.failure is Failure.REQUEST_TOO_LARGE
+    assert not residency.held
+
+
+def test_a_gated_prompt_is_never_cut():
+    scheduler, residency, _ = make(tokens=16, requests=8)
+    residency.records["a"] = gated()
+    submit(scheduler, "long", prompt=14)
+    submit(scheduler, "gated", prompt=7, adapter="a")
+    assert [(item.request.submit.id, item.count) for item in scheduler.plan().items] == [("long", 14)]
+    submit(scheduler, "too long for one step", prompt=9, adapter="a")
+    scheduler.plan()
+    failed = [event for event in scheduler.drain_events() if isinstance(event, Failed)]
+    assert [event.id for event in failed] == ["too long for one step"]
+    assert "one step" in failed[0].message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"), [((1, 2, 3, 1, 2, 9), 3), ((1, 2), 0), ((2, 1), 99), ((), 99)], ids=str
+)
+def test_a_masked_adapter_acts_from_the_last_occurrence_on(prompt, expected):
+    assert acts_from(Traits(token_mask=(1, 2)), prompt, 99) == expected
+    assert acts_from(Traits(), prompt, 99) == 0
