@@ -86,7 +86,7 @@ class Sparse:
 class Rows:
     """y[:, index] += x rowsᵀ with rows [k, in]."""
 
-    index: TensorRef
+    index: Value
     rows: Value
 
 
@@ -94,7 +94,7 @@ class Rows:
 class Columns:
     """y += x[:, index] columnsᵀ with columns [out, k]."""
 
-    index: TensorRef
+    index: Value
     columns: Value
 
 

@@ -101,7 +101,7 @@ class SoftPrompt:
 
 @dataclass(frozen=True, slots=True)
 class RowOverride:
-    """Rows [n, d] of the input embedding in the place of its own, for the token ids [n]."""
+    """Rows [n, d] in the place of the input embedding's weights, for the token ids [n]; its scale acts on them too."""
 
     ids: Value | tuple[int, ...]
     rows: Value
@@ -109,7 +109,7 @@ class RowOverride:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingPair:
-    """embedding(id) += scale · (b a)[:, id] with a [r, vocabulary], b [d, r]."""
+    """The input embedding's weight += scale · (b a)ᵀ with a [r, vocabulary], b [d, r]; its scale acts on that too."""
 
     a: Value
     b: Value

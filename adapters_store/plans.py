@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weft.adapters_store.errors import expected
 from weft.adapters_store.operators import Columns, Dense, LowRank, Operator, Rows, Sparse
 from weft.adapters_store.parts import (
     TAPS,
@@ -26,7 +25,7 @@ from weft.adapters_store.parts import (
     TokenMask,
 )
 from weft.adapters_store.sites import CatalogueInfo, SiteInfo
-from weft.adapters_store.tensor_refs import TensorRef, Value
+from weft.adapters_store.tensor_refs import Value
 from weft.adapters_store.values import Values, rounded
 from weft.kernels.activation import NAMES as ACTS
 from weft.kernels.extras import PIECE_WORDS, RECORD_WORDS, Extra, Kind
@@ -148,7 +147,8 @@ def plan_part(part: Part, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan
         case EmbeddingPair(a, b, scale):
             rank = a.shape[0]
             left = piece(a, (a.shape[1], rank), dtype, lambda t: t.T)
-            right = piece(b, (rank, b.shape[0]), dtype, lambda t: t.T * scale)
+            full = scale * _embedding_scale(info)
+            right = piece(b, (rank, b.shape[0]), dtype, lambda t: t.T * full)
             return _of_embedding(Kind.EMBED_PAIR, info, f"low_rank r={rank}", left, right)
         case TokenMask(tokens):
             return RecordPlan(Kind.MASK, 0, tokens, (), "prompt", f"acts from the last of {len(tokens)} tokens on")
@@ -157,6 +157,11 @@ def plan_part(part: Part, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan
 def _of_embedding(kind: Kind, info: CatalogueInfo, words: str, *pieces: PiecePlan) -> RecordPlan:
     assert info.embedding is not None
     return RecordPlan(kind, 0, (), pieces, info.embedding.path, words)
+
+
+def _embedding_scale(info: CatalogueInfo) -> float:
+    """What an embedding multiplies its rows by: blocks hold what comes out of the module."""
+    return info.embedding.scale if info.embedding is not None else 1.0
 
 
 def is_plain(part: Bottleneck) -> bool:
@@ -219,16 +224,15 @@ def _prefix(part: KVPrefix, info: CatalogueInfo, dtype: torch.dtype) -> RecordPl
 def _row_override(part: RowOverride, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:
     assert info.embedding is not None
     count, width = part.rows.shape
-    ids = part.ids
+    ids, scale = part.ids, _embedding_scale(info)
     if isinstance(ids, tuple):
         listed = torch.tensor(ids)
         order = listed.argsort()
         id_piece = PiecePlan(1, count, torch.int32, part.rows.name, lambda values: listed[order])
-        rows = piece(part.rows, (count, width), dtype, lambda t: t[order])
+        rows = piece(part.rows, (count, width), dtype, lambda t: t[order] * scale)
     else:
-        if not isinstance(ids, TensorRef):
-            raise expected(ids.name, "token ids from the file", "computed ones")
-        id_piece, rows = integers(ids, info.embedding.rows), piece(part.rows, (count, width), dtype)
+        id_piece = integers(ids, info.embedding.rows)
+        rows = piece(part.rows, (count, width), dtype, lambda t: t * scale)
     return _of_embedding(Kind.EMBED_ROWS, info, f"rows n={count}", id_piece, rows)
 
 

@@ -60,12 +60,16 @@ class LayerInfo:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingInfo:
-    """The input embedding; ``tied_head`` is the site that shares its weight, empty if none does."""
+    """The input embedding; ``tied_head`` is the site that shares its weight, empty if none does.
+
+    scale:  what the module multiplies its rows by, as a number of the serving dtype
+    """
 
     path: str
     rows: int
     features: int
     tied_head: str = ""
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Kind(IntEnum):
         PREFIX      F keys [heads · p, key size]; F values [heads · p, value size]; [V gate [k, d]]; [V gate bias [k]];
                     options: p, whether positions of the text begin at p; place = layer
         SOFT        F rows [v, d] in front of the text
-        EMBED_ROWS  I id [n], ascending; F rows [n, d] in the place of the embedding's
+        EMBED_ROWS  I id [n], ascending; F rows [n, d] in the place of what the embedding puts out
         EMBED_PAIR  F a [vocabulary, r]; F b [r, d]:       embedding(id) += a[id] b
         MASK        I tokens [k]: operators begin where these tokens occur last in the prompt
     """

@@ -98,4 +98,4 @@ def _embedding(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Embeddi
     head = model.get_output_embeddings()
     tied = next((n for n, m in modules.items() if m is head and head.weight is embedding.weight), "")
     rows, features = embedding.weight.shape
-    return EmbeddingInfo(name, rows, features, tied)
+    return EmbeddingInfo(name, rows, features, tied, float(getattr(embedding, "embed_scale", 1.0)))
