@@ -51,6 +51,14 @@ class Arrival:
     replace: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The version that a request runs with, and how much of the context it takes for itself."""
+
+    digest: Digest
+    context_tokens: int = 0
+
+
 class Registrar:
     """The names of the store as requests see them, and all that changes them."""
 
@@ -91,13 +99,13 @@ class Registrar:
         """Entries in order of name, from the first behind ``after``."""
         return self._catalog.list(after, limit, method)
 
-    def resolve(self, name: str) -> Digest:
+    def resolve(self, name: str) -> Chosen:
         """The version that a request for this name runs with."""
         entry = self.get(name)
         active, reason = self.state(entry)
         if not active:
             raise AdapterIncompatible(f"{quoted(name)} does not fit the backbone that is loaded: {reason}", "adapter")
-        return Digest(entry.digest)
+        return Chosen(Digest(entry.digest), entry.context_tokens)
 
     async def register(self, arrival: Arrival) -> Entry:
         """Bring an adapter in: durable and named when this returns, without a trace when it raises."""

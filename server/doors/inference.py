@@ -116,19 +116,20 @@ class InferenceService:
         info = self._relay.engine()
         wish = validation.read_wish(request, info, self._tokenizer)
         prompt = await self._encode(request, info, duration_s)
-        new_tokens = validation.fit_new_tokens(request, len(prompt), info, self._new_tokens_default)
-        adapter = self._registrar.resolve(request.adapter) if request.adapter else None
+        chosen = self._registrar.resolve(request.adapter) if request.adapter else None
+        taken = len(prompt) + (0 if chosen is None else chosen.context_tokens)
+        new_tokens = validation.fit_new_tokens(request, taken, info, self._new_tokens_default)
         submit = Submit(
             id=self._relay.next_id(),
             prompt=prompt,
             max_new_tokens=new_tokens,
             sampling=wish.sampling,
-            adapter=adapter,
+            adapter=None if chosen is None else chosen.digest,
             stop_ids=wish.stop_ids,
         )
         started = Started(
             request_id=wish.request_id,
-            adapter_digest=adapter or "",
+            adapter_digest=submit.adapter or "",
             prompt_tokens=len(prompt),
             effective=EffectiveParams(
                 max_new_tokens=new_tokens,
