@@ -8,12 +8,14 @@ from transformers import PreTrainedModel
 
 from weft.adapters_store.sites import CatalogueInfo
 from weft.kernels.layout import Geometry, SiteShape
-from weft.server.backbone import attention, sites
+from weft.server.backbone import attention, places, sites
 from weft.server.backbone.errors import UnsupportedBackbone
 from weft.server.backbone.linears import AdaptedLinear, LinearGroup
-from weft.server.backbone.selftest import KVShape, census, difference, paged_logits
+from weft.server.backbone.recording import record
+from weft.server.backbone.selftest import Census, census, difference, paged_logits
 from weft.server.backbone.step import PagedKV, Step, running
 
+# longer than what ``places`` records
 PROBE_TOKENS = 7
 
 
@@ -21,6 +23,7 @@ class Backbone:
     """Owns the model and its sites; implements ``SiteCatalogue``. Parameters never change after construction.
 
     kv_shapes:        per layer (kv heads, key size, value size)
+    places:           what adapters can change beyond linears
     parameter_bytes:  M, bytes of all parameters, tied ones counted once
     linears:          what multiplies: ``torch``, or ``onednn`` over packed weights
     """
@@ -37,13 +40,17 @@ class Backbone:
         probe = self._probe()
         with torch.inference_mode():
             reference = model(input_ids=probe[None], use_cache=False).logits[0].float()
-        shapes: list[KVShape] = []
-        found = sites.watch(model, lambda: shapes.extend(census(model, lambda: self._bare(probe))), PROBE_TOKENS)
-        self.kv_shapes = shapes
+        watched = probe[: places.probe_tokens(_heads(model))]
+        calls = record(model, lambda: self._bare(watched))
+        attends: list[Census] = []
+        found = sites.watch(model, lambda: attends.append(census(model, lambda: self._bare(probe))), PROBE_TOKENS)
+        self.kv_shapes = attends[0].shapes
+        self.places = places.find(model, calls, watched.numel(), attends[0], found.head)
         attention.register()
         model.set_attn_implementation(attention.NAME)
         self.groups = self._adapt(found, probe, reference)
-        self.info: CatalogueInfo = sites.catalogue(model, self.groups, found.head, identity)
+        places.attach(model, self.places)
+        self.info: CatalogueInfo = sites.catalogue(model, self.groups, found.head, identity, self.places)
         self.parameter_bytes = _bytes(model)
         self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
         self.linears = self._pack()
@@ -74,9 +81,11 @@ class Backbone:
 
     @property
     def geometry(self) -> Geometry:
-        """Shapes of the sites, for the kernels."""
-        shapes = tuple(SiteShape(site.in_features, site.out_features) for site in self.info.sites)
-        return Geometry(shapes, self.info.groups, self.dtype)
+        """Shapes of the sites, and of the hidden places behind them, for the kernels."""
+        shapes = [SiteShape(site.in_features, site.out_features) for site in self.info.sites]
+        shapes += [SiteShape(place.features, place.features) for place in self.info.hidden]
+        hidden = len(self.info.hidden)
+        return Geometry(tuple(shapes), (*self.info.groups, *([1] * hidden)), self.dtype, hidden)
 
     @property
     def context_tokens(self) -> int:
@@ -124,6 +133,11 @@ class Backbone:
 
     def _bare(self, probe: Tensor) -> None:
         self.model(input_ids=probe[None], use_cache=False, logits_to_keep=1)
+
+
+def _heads(model: PreTrainedModel) -> tuple[int, ...]:
+    config = model.config.get_text_config()
+    return tuple(getattr(config, name, None) or 0 for name in ("num_attention_heads", "num_key_value_heads"))
 
 
 def _bytes(model: PreTrainedModel) -> int:

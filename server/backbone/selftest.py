@@ -1,6 +1,7 @@
 """The load-time proof: the model calls our attention once a layer and, cut into paged pieces, computes what it did."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +18,21 @@ KVShape = tuple[int, int, int]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 
 
-def census(model: PreTrainedModel, forward: Callable[[], Any]) -> list[KVShape]:
-    """Count the attention calls of one forward pass; return (kv heads, key size, value size) of each layer.
+@dataclass(frozen=True, slots=True)
+class Census:
+    """What attends, by layer: (kv heads, key size, value size), and the path of the module that asks for it."""
+
+    shapes: list[KVShape]
+    attentions: tuple[str, ...]
+
+
+def census(model: PreTrainedModel, forward: Callable[[], Any]) -> Census:
+    """Count the attention calls of one forward pass.
 
     Raises UnsupportedBackbone when a layer attends by other means than transformers' attention interface.
     """
     shapes: dict[int, KVShape] = {}
+    modules: dict[int, nn.Module] = {}
     windows: dict[int, int | None] = {}
     family = model.config.model_type
 
@@ -34,6 +44,7 @@ def census(model: PreTrainedModel, forward: Callable[[], Any]) -> list[KVShape]:
         layer = module.layer_idx
         assert isinstance(layer, int)
         shapes[layer] = (key.shape[1], key.shape[3], value.shape[3])
+        modules[layer] = module
         windows[layer] = options.get("sliding_window")
         # only shapes matter here, so any values do
         return value.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
@@ -52,7 +63,8 @@ def census(model: PreTrainedModel, forward: Callable[[], Any]) -> list[KVShape]:
     problem = _hidden_in_the_mask(config, windows) or _shared_by_the_batch(config)
     if problem is not None:
         raise UnsupportedBackbone(f"{family} {problem}")
-    return [shapes[layer] for layer in range(layers)]
+    names = {module: name for name, module in model.named_modules()}
+    return Census([shapes[i] for i in range(layers)], tuple(names[modules[i]] for i in range(layers)))
 
 
 def _hidden_in_the_mask(config: PreTrainedConfig, windows: Mapping[int, int | None]) -> str | None:

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from weft.adapters_store.sites import CatalogueInfo, SiteInfo
 from weft.server.backbone.linears import AdaptedLinear, LinearGroup
+from weft.server.backbone.places import Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +93,10 @@ def adapt(model: PreTrainedModel, found: Found, fuse: bool) -> tuple[LinearGroup
     return tuple(groups)
 
 
-def catalogue(model: PreTrainedModel, groups: tuple[LinearGroup, ...], head: str | None, digest: str) -> CatalogueInfo:
-    """Describe the sites for those who have no weights."""
+def catalogue(
+    model: PreTrainedModel, groups: tuple[LinearGroup, ...], head: str | None, digest: str, places: Places
+) -> CatalogueInfo:
+    """Describe the sites and other places for those who have no weights."""
     names = {module: name for name, module in model.named_modules()}
     sites = tuple(
         SiteInfo(
@@ -113,6 +116,11 @@ def catalogue(model: PreTrainedModel, groups: tuple[LinearGroup, ...], head: str
         sites=sites,
         groups=tuple(len(group.members) for group in groups),
         modules=frozenset(name for name, _ in model.named_modules() if name),
+        family=model.config.model_type,
+        norms=places.norm_infos(model),
+        hidden=places.hidden_infos(),
+        layers=places.layers,
+        embedding=places.embedding,
         declared=tuple(name for name, _ in model.named_modules() if name in paths),
     )
 
