@@ -1,0 +1,18 @@
+"""The parsers of PEFT's methods other than LoRA and its nearest kin: ``peft_type`` → parser. Imports no torch."""
+
+from collections.abc import Callable, Mapping
+
+from weft.adapters_store.formats import peft_prefixes, peft_prompts
+from weft.adapters_store.formats.settings import Settings
+from weft.adapters_store.operators import ParsedAdapter
+from weft.adapters_store.safetensors_header import Header
+from weft.adapters_store.sites import CatalogueInfo
+
+PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]] = {
+    peft_prompts.PROMPT_TUNING: peft_prompts.prompt_tuning,
+    peft_prompts.P_TUNING: peft_prompts.p_tuning,
+    peft_prompts.CPT: peft_prompts.cpt,
+    peft_prompts.MULTITASK: peft_prompts.multitask,
+    peft_prefixes.PREFIX_TUNING: peft_prefixes.prefix_tuning,
+    peft_prefixes.CARTRIDGE: peft_prefixes.cartridge,
+}
