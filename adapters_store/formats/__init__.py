@@ -12,6 +12,8 @@ from pathlib import Path
 from weft.adapters_store.errors import expected
 from weft.adapters_store.files import CONFIG, AdapterFiles
 from weft.adapters_store.formats import native_krona, peft_ia3, peft_lokr, peft_lora
+from weft.adapters_store.formats.peft_types import PARSERS as PEFT_PARSERS
+from weft.adapters_store.formats.refused import REFUSED
 from weft.adapters_store.formats.settings import Settings, show
 from weft.adapters_store.operators import ParsedAdapter
 from weft.adapters_store.safetensors_header import Header
@@ -25,6 +27,7 @@ PARSERS: Mapping[str, Parser] = {
     peft_lokr.METHOD: peft_lokr.parse,
     peft_ia3.METHOD: peft_ia3.parse,
     native_krona.METHOD: native_krona.parse,
+    **PEFT_PARSERS,
 }
 ALIASES = {"KRONA": native_krona.METHOD}
 
@@ -44,5 +47,5 @@ def parse_adapter(files: AdapterFiles, catalogue: CatalogueInfo) -> ParsedAdapte
     method = ALIASES.get(said, said) if isinstance(said, str) else None
     parser = PARSERS.get(method) if method is not None else None
     if parser is None:
-        raise expected("peft_type", f"one of {served}", show(said))
+        raise expected("peft_type", f"one of {served}", show(said), REFUSED.get(method or "", ""))
     return replace(parser(Settings(values), files.header, catalogue), weights=files.data)
