@@ -34,7 +34,7 @@ class Packed:
 
 def pack(weight: Tensor) -> Packed | None:
     """The weight packed, or None where it has to stay as it is."""
-    if weight.device.type != "cpu" or weight.dtype not in TOLERANCE or not _available():
+    if weight.device.type != "cpu" or weight.dtype not in TOLERANCE or not _available(weight.dtype):
         return None
     packed = Packed(weight)
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +45,9 @@ def pack(weight: Tensor) -> Packed | None:
     return packed if same else None
 
 
-def _available() -> bool:
+def _available(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     return all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))

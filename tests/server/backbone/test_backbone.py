@@ -20,6 +20,7 @@ from weft.server.backbone import sites
 from weft.server.backbone.errors import BackboneNotFound, UnsupportedBackbone
 from weft.server.backbone.load import choose_dtype, load_model
 from weft.server.backbone.model import Backbone
+from weft.server.backbone.packed import pack
 from weft.server.backbone.selftest import difference
 
 TINY: dict[str, Any] = {
@@ -160,3 +161,10 @@ def test_pickled_weights_are_not_read(tmp_path):
 
 def test_dtypes_by_name_are_what_they_say():
     assert choose_dtype("float16", torch.device("cpu")) is torch.float16
+
+
+def test_a_processor_that_cannot_pack_bfloat16_multiplies_it_as_it_is(monkeypatch):
+    """Processors without the instructions refuse packed bfloat16 with an error."""
+    supported = lambda: False  # noqa: E731
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supported)
+    assert pack(torch.randn(8, 16).bfloat16()) is None
