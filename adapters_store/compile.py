@@ -62,7 +62,8 @@ def compile_adapter(
         index = info.index[path]
         folded = fold_site(info.sites[index], said, values, catalogue, geometry.dtype)
         prove(folded, said, values, catalogue)
-        terms[index] = folded.rounded(geometry.dtype)
+        if not folded.empty:
+            terms[index] = folded.rounded(geometry.dtype)
         records += [plan.fill(values) for plan in folded.deltas]
         summaries.append(_summary(folded, site_bytes(said, folded.site, geometry.dtype)))
         values.next_site()

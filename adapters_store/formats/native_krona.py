@@ -2,14 +2,15 @@
 
 Tensors at ``base_model.model.<module>.``: ``krona_A`` [a1, a2] and ``krona_B`` [b1, b2] with in = a1·b1 and
 out = a2·b2, or both with a leading axis of terms that are summed. In the form that kernels read, w1 = Aᵀ and w2 = Bᵀ.
-Settings: ``format_version`` 1, ``scale``, and where wanted ``base_model_name_or_path`` and ``target_modules``, which
-inform only, and ``base_fingerprint``, the digest of the one backbone that the adapter may run on.
+Settings: ``scale`` and those of ``native_common``.
 """
 
 from collections.abc import Iterator
 
 from weft.adapters_store.errors import expected
-from weft.adapters_store.formats.settings import Settings, show
+from weft.adapters_store.formats.about import Served
+from weft.adapters_store.formats.native_common import DIALECT, read_common
+from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.formats.tensors import by_module, require_exactly, require_site
 from weft.adapters_store.operators import Factor, Kron, ParsedAdapter, SiteOperators
 from weft.adapters_store.safetensors_header import Header
@@ -17,23 +18,16 @@ from weft.adapters_store.sites import CatalogueInfo, SiteInfo
 from weft.adapters_store.tensor_refs import TensorRef
 
 METHOD = "X_KRONA"
-DIALECT = "native"
-FORMAT_VERSION = 1
 
 A, B = "krona_A", "krona_B"
+
+SERVES = (Served("KronA", "arXiv 2212.10650", "kron", "weft X_KRONA", survey=True),)
 
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
     """Config and header to operators; values are not looked at."""
-    version = settings.integer("format_version")
-    if version != FORMAT_VERSION:
-        raise expected("format_version", str(FORMAT_VERSION), version)
+    read_common(settings, catalogue)
     scale = settings.signed_number("scale")
-    settings.text("base_model_name_or_path")
-    settings.names("target_modules")
-    fingerprint = settings.text("base_fingerprint")
-    if fingerprint is not None and fingerprint != catalogue.digest:
-        raise expected("base_fingerprint", f"this backbone's, {catalogue.digest}", show(fingerprint))
     settings.finish(METHOD)
     found = by_module(header, [A, B], catalogue)
     require_exactly(found, found, [A, B], "the other factor is there")

@@ -1,0 +1,26 @@
+"""Weft's own formats, by their ``peft_type``."""
+
+from collections.abc import Callable, Mapping
+
+from weft.adapters_store.formats import (
+    native_bitfit,
+    native_dense,
+    native_norm,
+    native_rows,
+    native_sparse,
+)
+from weft.adapters_store.formats.settings import Settings
+from weft.adapters_store.operators import ParsedAdapter
+from weft.adapters_store.safetensors_header import Header
+from weft.adapters_store.sites import CatalogueInfo
+
+PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]] = {
+    module.METHOD: module.parse
+    for module in (
+        native_bitfit,
+        native_norm,
+        native_sparse,
+        native_rows,
+        native_dense,
+    )
+}
