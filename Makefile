@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LINKS := build/links/weft
 
-.PHONY: demo test test-slow check bench gpu-check gpu-bench proto format clean
+.PHONY: demo test test-slow check bench gpu-check gpu-bench proto methods format clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -47,6 +47,9 @@ gpu-bench: $(LINKS)
 
 proto: $(VENV)/ready
 	@$(BIN)/python proto/generate.py
+
+methods: $(VENV)/ready
+	@$(BIN)/weft methods --markdown README.md
 
 format: $(VENV)/ready
 	@$(BIN)/ruff format .

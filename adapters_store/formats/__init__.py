@@ -7,11 +7,14 @@ and its line in ``PARSERS``.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 from weft.adapters_store.errors import expected
 from weft.adapters_store.files import CONFIG, AdapterFiles
 from weft.adapters_store.formats import native_krona, peft_ia3, peft_lokr, peft_lora
+from weft.adapters_store.formats.about import Served
 from weft.adapters_store.formats.peft_types import PARSERS as PEFT_PARSERS
 from weft.adapters_store.formats.refused import REFUSED
 from weft.adapters_store.formats.settings import Settings, show
@@ -49,3 +52,10 @@ def parse_adapter(files: AdapterFiles, catalogue: CatalogueInfo) -> ParsedAdapte
     if parser is None:
         raise expected("peft_type", f"one of {served}", show(said), REFUSED.get(method or "", ""))
     return replace(parser(Settings(values), files.header, catalogue), weights=files.data)
+
+
+def served() -> tuple[Served, ...]:
+    """What the files of this folder say that they serve: the methods of the survey first, each group by name."""
+    modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
+    rows: list[Served] = [row for module in modules for row in getattr(module, "SERVES", ())]
+    return tuple(sorted(rows, key=lambda row: (not row.survey, row.name.lower())))
