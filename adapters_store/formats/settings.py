@@ -41,6 +41,11 @@ class Settings:
         """A required integer; 8.0, "8" and true are none."""
         return self._integer(key, self._take(key, True), minimum)
 
+    def optional_integer(self, key: str, minimum: int = 1) -> int | None:
+        """An integer, or None when it is null or absent."""
+        value = self._take(key, False)
+        return None if value is None else self._integer(key, value, minimum)
+
     def number(self, key: str) -> float:
         """A required finite number, 0 to NUMBER_MAX."""
         return self._number(key, self._take(key, True), 0.0)
