@@ -15,42 +15,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tests.server.backbone.families import EXPECTED, LAYER_NORM, attention_of, embedding_of, layers_of, norms_of
 from tests.support.backbones import ALL_FAMILIES, COMMON, VOCABULARY, build
-from weft.adapters_store.parts import TAPS
 from weft.adapters_store.sites import EmbeddingInfo, LayerInfo
 from weft.server.backbone import norms
 from weft.server.backbone.model import Backbone
 from weft.server.backbone.places import probe_tokens
 from weft.server.backbone.recording import Call, record
-
-RMS, GEMMA_RMS, LAYER_NORM = (False, 0.0), (False, 1.0), (True, 0.0)
-GEMMA_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-PLAIN = (("input_layernorm", "post_attention_layernorm"), RMS, 1e-6, ("self_attn", "mlp"), TAPS)
-NO_LN = tuple(tap for tap in TAPS if tap != "ln_x")
-# per family: norms of a layer in the order in which they run, (centred, offset), epsilon, ends of sublayers, taps
-EXPECTED: dict[str, tuple[tuple[str, ...], tuple[bool, float], float, tuple[str, str], tuple[str, ...]]] = {
-    "llama": PLAIN,
-    "qwen2": PLAIN,
-    "mistral": PLAIN,
-    "mixtral": (*PLAIN[:2], 1e-5, *PLAIN[3:]),
-    "phi3": (*PLAIN[:2], 1e-5, ("resid_attn_dropout", "resid_mlp_dropout"), TAPS),
-    "qwen3": (
-        ("input_layernorm", "self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm"), *PLAIN[1:]
-    ),
-    "gpt2": (("ln_1", "ln_2"), LAYER_NORM, 1e-5, ("attn", "mlp"), TAPS),
-    "opt": (("self_attn_layer_norm", "final_layer_norm"), LAYER_NORM, 1e-5, ("self_attn", "fc2"), TAPS),
-    "gemma2": (GEMMA_NORMS, GEMMA_RMS, 1e-6, (GEMMA_NORMS[1], GEMMA_NORMS[3]), TAPS),
-    "gemma3": (
-        (GEMMA_NORMS[0], "self_attn.q_norm", "self_attn.k_norm", *GEMMA_NORMS[1:]),
-        GEMMA_RMS, 1e-6, (GEMMA_NORMS[1], GEMMA_NORMS[3]), TAPS,
-    ),
-    "olmo2": (
-        ("self_attn.q_norm", "self_attn.k_norm", "post_attention_layernorm", "post_feedforward_layernorm"),
-        RMS, 1e-5, ("post_attention_layernorm", "post_feedforward_layernorm"), NO_LN,
-    ),
-}  # fmt: skip
-LAYERS = {"gpt2": "transformer.h", "opt": "model.decoder.layers"}
-LAST_NORM = {"gpt2": "transformer.ln_f", "opt": "model.decoder.final_layer_norm"}
 
 
 @pytest.fixture(scope="module", params=ALL_FAMILIES)
@@ -58,16 +29,15 @@ def loaded(request) -> tuple[str, Backbone]:
     return request.param, Backbone(build(request.param))
 
 
-def layers_of(family: str, backbone: Backbone) -> list[str]:
-    """Paths of the decoder layers, worked out from the family's name."""
-    return [f"{LAYERS.get(family, 'model.layers')}.{i}" for i in range(backbone.model.config.num_hidden_layers)]
+def count(backbone: Backbone) -> int:
+    """How many decoder layers there are."""
+    return int(backbone.model.config.num_hidden_layers)
 
 
 def test_norms_are_found_with_their_form_in_the_order_in_which_they_run(loaded):
     family, backbone = loaded
-    names, form, eps, _, _ = EXPECTED[family]
-    paths = [f"{layer}.{name}" for layer in layers_of(family, backbone) for name in names]
-    assert [norm.path for norm in backbone.info.norms] == [*paths, LAST_NORM.get(family, "model.norm")]
+    _, form, eps, _, _ = EXPECTED[family]
+    assert [norm.path for norm in backbone.info.norms] == norms_of(family, count(backbone))
     for place, info in zip(backbone.places.norms, backbone.info.norms, strict=True):
         module = backbone.model.get_submodule(info.path)
         assert (place.form.centred, place.form.offset) == form
@@ -79,7 +49,7 @@ def test_norms_are_found_with_their_form_in_the_order_in_which_they_run(loaded):
 def test_sublayers_end_where_the_residual_stream_is_joined(loaded):
     family, backbone = loaded
     *_, (attention, mlp), taps = EXPECTED[family]
-    layers = layers_of(family, backbone)
+    layers = layers_of(family, count(backbone))
     assert [(place.layer, place.after) for place in backbone.info.hidden] == [
         (i, after) for i in range(len(layers)) for after in ("attention", "mlp")
     ]
@@ -103,19 +73,18 @@ def test_layers_say_who_attends_and_how_wide_keys_and_values_are(loaded):
     config = backbone.model.config
     size = getattr(config, "head_dim", None) or 32 // 4
     heads = getattr(config, "num_key_value_heads", 4)
-    name = "attn" if family == "gpt2" else "self_attn"
     assert list(backbone.info.layers) == [
-        LayerInfo(path, f"{path}.{name}", heads, size, size, 32) for path in layers_of(family, backbone)
+        LayerInfo(path, attention_of(family, path), heads, size, size, 32)
+        for path in layers_of(family, count(backbone))
     ]
 
 
 def test_the_embedding_says_its_head_and_its_scale(loaded):
     family, backbone = loaded
-    path = {"gpt2": "transformer.wte", "opt": "model.decoder.embed_tokens"}.get(family, "model.embed_tokens")
     tied = "lm_head" if family in ("gpt2", "opt", "gemma2", "gemma3") else ""
     # what the module multiplies by, in its own dtype
     scale = torch.tensor(32.0).sqrt().item() if family in ("gemma2", "gemma3") else 1.0
-    assert backbone.info.embedding == EmbeddingInfo(path, VOCABULARY, 32, tied, scale)
+    assert backbone.info.embedding == EmbeddingInfo(embedding_of(family), VOCABULARY, 32, tied, scale)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt"])
