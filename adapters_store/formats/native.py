@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from weft.adapters_store.formats import (
     native_bitfit,
     native_dense,
+    native_difffit,
     native_norm,
     native_rows,
     native_sparse,
@@ -22,5 +23,6 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
         native_sparse,
         native_rows,
         native_dense,
+        native_difffit,
     )
 }

@@ -26,7 +26,7 @@ METHOD = "X_BITFIT"
 DELTA, VALUE = "bias_delta", "bias_value"
 MODES = {"delta": DELTA, "value": VALUE}
 
-SERVES = (Served("BitFit", "arXiv 2106.10199", "bias, norm_override", "weft X_BITFIT", survey=True),)
+SERVES = (Served("BitFit", "2106.10199", "bias, norm_override", "weft X_BITFIT", survey=True),)
 
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:

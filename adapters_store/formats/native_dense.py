@@ -19,8 +19,8 @@ METHOD = "X_DENSE"
 ROLES = {f"{name}.delta": name for name in (WEIGHT, BIAS)}
 
 SERVES = (
-    Served("GaLore", "arXiv 2403.03507", "dense, bias, norm_override, row_override", "weft X_DENSE", survey=True),
-    Served("Attention tuning", "arXiv 2303.15647", "dense", "weft X_DENSE", survey=True),
+    Served("GaLore", "2403.03507", "dense, bias, norm_override, row_override", "weft X_DENSE", survey=True),
+    Served("Attention tuning", "2303.15647", "dense", "weft X_DENSE", survey=True),
 )
 
 

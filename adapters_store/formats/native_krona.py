@@ -21,7 +21,7 @@ METHOD = "X_KRONA"
 
 A, B = "krona_A", "krona_B"
 
-SERVES = (Served("KronA", "arXiv 2212.10650", "kron", "weft X_KRONA", survey=True),)
+SERVES = (Served("KronA", "2212.10650", "kron", "weft X_KRONA", survey=True),)
 
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:

@@ -16,7 +16,7 @@ METHOD = "X_NORM"
 
 WEIGHT, BIAS = "norm_weight", "norm_bias"
 
-SERVES = (Served("LN tuning", "arXiv 2303.15647 §8", "norm_override", "weft X_NORM", survey=True),)
+SERVES = (Served("LN tuning", "2303.15647", "norm_override", "weft X_NORM", survey=True),)
 
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:

@@ -22,7 +22,7 @@ ROW_INDICES, ROWS, BIAS_ROWS = "row_indices", "rows_delta", "bias_rows_delta"
 COL_INDICES, COLS = "col_indices", "cols_delta"
 ROLES = {"out": (ROW_INDICES, ROWS), "in": (COL_INDICES, COLS)}
 
-SERVES = (Served("FAR", "arXiv 2205.01730", "rows, columns, bias", "weft X_ROWS", survey=True),)
+SERVES = (Served("FAR", "2205.01730", "rows, columns, bias", "weft X_ROWS", survey=True),)
 
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:

@@ -46,9 +46,9 @@ DENSITY_MAX = 0.5
 
 _OPERATORS = "sparse, bias, norm_override, row_override"
 SERVES = (
-    Served("DiffPruning", "arXiv 2012.07463", _OPERATORS, "weft X_SPARSE", survey=True),
-    Served("FishMask", "arXiv 2111.09839", _OPERATORS, "weft X_SPARSE", survey=True),
-    Served("LT-SFT", "arXiv 2110.07560", _OPERATORS, "weft X_SPARSE", survey=True),
+    Served("DiffPruning", "2012.07463", _OPERATORS, "weft X_SPARSE", survey=True),
+    Served("FishMask", "2111.09839", _OPERATORS, "weft X_SPARSE", survey=True),
+    Served("LT-SFT", "2110.07560", _OPERATORS, "weft X_SPARSE", survey=True),
 )
 
 

@@ -133,8 +133,31 @@ def embedded(block: Compiled, base: Tensor) -> Tensor:
         assert new is not None
         got[ids[0].long()] = new
     if pair is not None:
-        a, b = pair.tensors
+        a, b, outer = pair.tensors
         assert a is not None
         assert b is not None
-        got = got + a @ b
+        got = (got if outer is None else got * outer[0]) + a @ b
     return got
+
+
+def applied(block: Compiled, family: str) -> PreTrainedModel:
+    """A plain model that computes with what a block says of linears, norms and the embedding."""
+    model, info = build(family), block.sites.info
+    for index, site in enumerate(info.sites):
+        module = model.get_submodule(site.path)
+        module.register_forward_hook(
+            lambda _, inputs, __, index=index: (
+                site_output(block, index, inputs[0].reshape(-1, inputs[0].shape[-1]))
+                .float()
+                .view(*inputs[0].shape[:-1], -1)
+            )
+        )
+    for place, norm in enumerate(info.norms):
+        record = block.of(Kind.NORM, place)
+        for at, name in enumerate(("weight", "bias")):
+            said = None if record is None else record.tensors[at]
+            if said is not None:
+                getattr(model.get_submodule(norm.path), name).data.copy_(said[0])
+    table = embedded(block, model.get_input_embeddings()(torch.arange(model.config.vocab_size))).detach()
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: table[inputs[0]])
+    return model
