@@ -74,6 +74,12 @@ class Bottleneck:
     norm: tuple[Value, Value, float] | None = None
     gate: Gate | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether the kernels of low-rank pairs compute it: two matrices with a function between them."""
+        whole = isinstance(self.down, Matrix) and isinstance(self.up, Matrix)
+        return whole and self.skip is None and self.norm is None and self.gate is None
+
 
 @dataclass(frozen=True, slots=True)
 class KVPrefix:
@@ -109,11 +115,15 @@ class RowOverride:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingPair:
-    """The input embedding's weight += scale · (b a)ᵀ with a [r, vocabulary], b [d, r]; its scale acts on that too."""
+    """The input embedding's weight += scale · (b a)ᵀ with a [r, vocabulary], b [d, r]; its scale acts on that too.
+
+    outer:  [d], multiplies the weight's columns beforehand
+    """
 
     a: Value
     b: Value
     scale: float
+    outer: Value | None = None
 
 
 @dataclass(frozen=True, slots=True)

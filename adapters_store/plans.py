@@ -130,13 +130,13 @@ def plan_delta(operator: Operator, site: SiteInfo, place: int, dtype: torch.dtyp
 
 
 def plan_part(part: Part, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan | None:
-    """The record of a part; None for a bottleneck that is no more than two matrices (``is_plain``)."""
+    """The record of a part; None for a bottleneck that is ``plain``."""
     match part:
         case NormOverride(path, weight, bias):
             pieces = vector(weight), vector(bias)
             return RecordPlan(Kind.NORM, info.norm_index[path], (), pieces, path, "norm override")
         case Bottleneck():
-            return None if is_plain(part) else _bottleneck(part, info, dtype)
+            return None if part.plain else _bottleneck(part, info, dtype)
         case KVPrefix():
             return _prefix(part, info, dtype)
         case SoftPrompt(rows):
@@ -144,17 +144,18 @@ def plan_part(part: Part, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan
             return _of_embedding(Kind.SOFT, info, f"soft prompt v={count}", piece(rows, (count, width), dtype))
         case RowOverride():
             return _row_override(part, info, dtype)
-        case EmbeddingPair(a, b, scale):
+        case EmbeddingPair(a, b, scale, outer):
             rank = a.shape[0]
             left = piece(a, (a.shape[1], rank), dtype, lambda t: t.T)
             full = scale * _embedding_scale(info)
             right = piece(b, (rank, b.shape[0]), dtype, lambda t: t.T * full)
-            return _of_embedding(Kind.EMBED_PAIR, info, f"low_rank r={rank}", left, right)
+            words = f"low_rank r={rank}" if outer is None else f"scale out, low_rank r={rank}"
+            return _of_embedding(Kind.EMBED_PAIR, info, words, left, right, vector(outer))
         case TokenMask(tokens):
             return RecordPlan(Kind.MASK, 0, tokens, (), "prompt", f"acts from the last of {len(tokens)} tokens on")
 
 
-def _of_embedding(kind: Kind, info: CatalogueInfo, words: str, *pieces: PiecePlan) -> RecordPlan:
+def _of_embedding(kind: Kind, info: CatalogueInfo, words: str, *pieces: PiecePlan | None) -> RecordPlan:
     assert info.embedding is not None
     return RecordPlan(kind, 0, (), pieces, info.embedding.path, words)
 
@@ -162,12 +163,6 @@ def _of_embedding(kind: Kind, info: CatalogueInfo, words: str, *pieces: PiecePla
 def _embedding_scale(info: CatalogueInfo) -> float:
     """What an embedding multiplies its rows by: blocks hold what comes out of the module."""
     return info.embedding.scale if info.embedding is not None else 1.0
-
-
-def is_plain(part: Bottleneck) -> bool:
-    """Whether the kernels of low-rank pairs compute it: two matrices with a function between them."""
-    whole = isinstance(part.down, Matrix) and isinstance(part.up, Matrix)
-    return whole and part.skip is None and part.norm is None and part.gate is None
 
 
 def _bottleneck(part: Bottleneck, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:

@@ -6,7 +6,7 @@
 
 Everything this accepts, the safetensors library accepts too, with the same shapes and dtypes. It refuses more: header
 size is judged from the first eight bytes, every key stands once, names are plain, and tensors are floats or, where a
-format says so, integers.
+format says so, integers. A tensor may be empty here; whether it may be in a format is for ``formats`` to say.
 """
 
 import re
@@ -25,6 +25,7 @@ TENSORS_MAX = 65_536
 METADATA_BYTES_MAX = 64 << 10
 NAME_LENGTH_MAX = 512
 DIMENSIONS_MAX = 4
+ELEMENTS_MAX = 1 << 40
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8}
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
@@ -110,8 +111,9 @@ def _tensor(name: str, entry: Any) -> TensorRef:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise expected(name, f"dtype {' or '.join(DTYPE_BYTES)}", quoted(str(dtype), 40))
-    if not _are_sizes(shape) or len(shape) > DIMENSIONS_MAX or 0 in shape:
-        raise expected(name, f"a shape of at most {DIMENSIONS_MAX} sizes, each at least 1", _show(shape))
+    # the library multiplies from left to right, so that a zero at the end does not save it from an overflow
+    if not _are_sizes(shape) or len(shape) > DIMENSIONS_MAX or prod(size or 1 for size in shape) > ELEMENTS_MAX:
+        raise expected(name, f"a shape of at most {DIMENSIONS_MAX} sizes, {ELEMENTS_MAX} values at most", _show(shape))
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise expected(name, "data_offsets [begin, end]", _show(offsets))
     start, stop = offsets

@@ -41,7 +41,7 @@ class Kind(IntEnum):
                     options: p, whether positions of the text begin at p; place = layer
         SOFT        F rows [v, d] in front of the text
         EMBED_ROWS  I id [n], ascending; F rows [n, d] in the place of what the embedding puts out
-        EMBED_PAIR  F a [vocabulary, r]; F b [r, d]:       embedding(id) += a[id] b
+        EMBED_PAIR  F a [vocabulary, r]; F b [r, d]; [V outer [d]]:  embedding(id) = outer ⊙ embedding(id) + a[id] b
         MASK        I tokens [k]: operators begin where these tokens occur last in the prompt
     """
 

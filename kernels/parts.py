@@ -168,8 +168,9 @@ def embed_rows(out: Tensor, ids: Tensor, carried: Carried) -> None:
 
 
 def embed_pair(out: Tensor, ids: Tensor, carried: Carried) -> None:
-    """out [rows, d] += a[id] b."""
-    a, b = carried.pieces
+    """out [rows, d] = outer ⊙ out + a[id] b."""
+    a, b, outer = carried.pieces
     assert a is not None
     assert b is not None
-    out.copy_(out.float() + a[ids].float() @ b.float())
+    old = out.float() if outer is None else out.float() * outer
+    out.copy_(old + a[ids].float() @ b.float())

@@ -13,7 +13,7 @@ from pkgutil import iter_modules
 
 from weft.adapters_store.errors import expected
 from weft.adapters_store.files import CONFIG, AdapterFiles
-from weft.adapters_store.formats import native_krona, peft_ia3, peft_lokr, peft_lora
+from weft.adapters_store.formats import hub, native, native_krona, peft_adalora, peft_ia3, peft_lokr, peft_lora
 from weft.adapters_store.formats.about import Served
 from weft.adapters_store.formats.peft_types import PARSERS as PEFT_PARSERS
 from weft.adapters_store.formats.refused import REFUSED
@@ -27,11 +27,15 @@ Parser = Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
 
 PARSERS: Mapping[str, Parser] = {
     peft_lora.METHOD: peft_lora.parse,
+    peft_adalora.METHOD: peft_adalora.parse,
     peft_lokr.METHOD: peft_lokr.parse,
     peft_ia3.METHOD: peft_ia3.parse,
     native_krona.METHOD: native_krona.parse,
     **PEFT_PARSERS,
+    **native.PARSERS,
 }
+# methods that leave sites out by tensors of rank 0
+MAY_BE_EMPTY = {peft_adalora.METHOD}
 ALIASES = {"KRONA": native_krona.METHOD}
 
 
@@ -45,12 +49,14 @@ def parse_adapter(files: AdapterFiles, catalogue: CatalogueInfo) -> ParsedAdapte
     values = read_object(files.config, CONFIG)
     said = values.pop("peft_type", None)
     served = ", ".join(PARSERS)
-    if said is None and str(values.get("version", "")).startswith("adapters."):
-        raise expected("peft_type", f"one of {served}", "none", "AdapterHub files are not served")
+    if said is None and hub.is_hub(values):
+        return replace(hub.parse(values, files.header, catalogue), weights=files.data)
     method = ALIASES.get(said, said) if isinstance(said, str) else None
     parser = PARSERS.get(method) if method is not None else None
     if parser is None:
         raise expected("peft_type", f"one of {served}", show(said), REFUSED.get(method or "", ""))
+    if method not in MAY_BE_EMPTY:
+        _require_values(files.header)
     return replace(parser(Settings(values), files.header, catalogue), weights=files.data)
 
 
@@ -59,3 +65,9 @@ def served() -> tuple[Served, ...]:
     modules = [import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)]
     rows: list[Served] = [row for module in modules for row in getattr(module, "SERVES", ())]
     return tuple(sorted(rows, key=lambda row: (not row.survey, row.name.lower())))
+
+
+def _require_values(header: Header) -> None:
+    for name, tensor in header.tensors.items():
+        if not tensor.elements:
+            raise expected(name, "a shape of sizes that are each at least 1", list(tensor.shape))

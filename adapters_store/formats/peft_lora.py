@@ -1,175 +1,158 @@
-"""PEFT ``LORA``: y += s·(x Aᵀ) Bᵀ with s = alpha/r or, with rsLoRA, alpha/√r; also biases, scaled or absolute.
+"""PEFT ``LORA``: y += s·(x Aᵀ) Bᵀ with s = alpha/r or, with rsLoRA, alpha/√r; its variants; its input embeddings.
 
 Tensors at ``base_model.model.<module>.``: ``lora_A.weight`` [r, in], ``lora_B.weight`` [out, r], with ``lora_bias``
-``lora_B.bias`` [out], which s scales too. ``bias="all"`` and ``"lora_only"`` bring absolute biases of the linears.
-A and B lie the same way for Conv1D, whose own weight is stored [in, out].
+``lora_B.bias`` [out], which s scales too, with DoRA ``lora_magnitude_vector`` [out]; at the input embedding
+``lora_embedding_A`` [r, vocabulary] and ``lora_embedding_B`` [d, r]. A and B lie the same way for Conv1D, whose own
+weight is stored [in, out]. What else the files may bring is in ``peft_beside``.
 """
 
-from dataclasses import dataclass
-from math import sqrt
-
 from weft.adapters_store.errors import expected
-from weft.adapters_store.formats.peft_common import (
-    COPY_ROLES,
-    DIALECT,
-    copies,
-    fan_in_fan_out_notes,
-    read_common,
+from weft.adapters_store.formats import peft_dora
+from weft.adapters_store.formats.about import Served
+from weft.adapters_store.formats.peft_beside import ROLES, gather
+from weft.adapters_store.formats.peft_common import COPY_ROLES, DIALECT, copies
+from weft.adapters_store.formats.peft_dora import MAGNITUDE
+from weft.adapters_store.formats.peft_lora_factors import DIAGONAL, A, B, Pair, pair
+from weft.adapters_store.formats.peft_lora_settings import (
+    DORA,
+    KASA,
+    METHOD,
+    MONTECLORA,
+    VELORA,
+    Config,
+    read_settings,
 )
 from weft.adapters_store.formats.settings import Settings
-from weft.adapters_store.formats.targets import by_pattern, target_sites
-from weft.adapters_store.formats.tensors import (
-    Roles,
-    by_module,
-    missing_tensor,
-    require_exactly,
-    require_shape,
-    require_site,
-)
+from weft.adapters_store.formats.tensors import Roles, by_module, require_exactly, require_shape
 from weft.adapters_store.operators import Bias, LowRank, Operator, ParsedAdapter, SiteOperators
+from weft.adapters_store.parts import EmbeddingPair, Part, TokenMask
 from weft.adapters_store.safetensors_header import Header
 from weft.adapters_store.sites import CatalogueInfo, SiteInfo
 
-METHOD = "LORA"
+__all__ = ["METHOD", "SERVES", "parse"]
 
-A, B, B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
-# of a module that LoRA wraps, and of any other
-BASE_BIAS, BIAS = "base_layer.bias", "bias"
-
-HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-BASE_CHANGING = "it changes the backbone's weights, which are shared here; re-save it as a plain LoRA"
-REFUSED = {
-    "use_dora": "DoRA is not served",
-    "use_qalora": "QALoRA is not served",
-    "use_bdlora": "block-diagonal LoRA is not served",
-    "trainable_token_indices": "trainable tokens are not served",
-    "target_parameters": "LoRA of bare parameters (experts) is not served",
-    "alora_invocation_tokens": "activated LoRA is not served",
-    "kasa_config": BASE_CHANGING,
-    "arrow_config": "routing between adapters is not served",
-    "layer_replication": "it changes the backbone's layers",
-    "megatron_config": "megatron layers are not served",
-    "enable_lora": "the merged linears of PEFT before 0.4 are not served",
-}
-TRAINING_ONLY = (
-    "lora_dropout",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "loftq_config",
-    "velora_config",
-    "monteclora_config",
-    "qalora_group_size",
-    "merge_weights",
+B_BIAS = "lora_B.bias"
+EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
+VELORA_ROLES = ("lora_velora_embed",)
+MONTECLORA_ROLES = tuple(
+    f"lora_monteclora_sampler.{name}"
+    for name in ("expert_weights", "expert_weights_prior", "gaussian_var_prior", "std_prior")
 )
+# what a tensor may be there for, and the setting that says so
+BECAUSE = {
+    B_BIAS: "lora_bias is false",
+    MAGNITUDE: "use_dora is false",
+    DIAGONAL: "kasa_config is null",
+    EMBEDDING_A: "target_modules names no input embedding",
+    EMBEDDING_B: "target_modules names no input embedding",
+    **dict.fromkeys(VELORA_ROLES, "velora_config is null"),
+    **dict.fromkeys(MONTECLORA_ROLES, "monteclora_config is null"),
+}
 
-
-@dataclass(frozen=True, slots=True)
-class _Config:
-    """The settings that change the maths, each resolved per site."""
-
-    sites: tuple[str, ...]
-    ranks: dict[str, int]
-    scales: dict[str, float]
-    fold: str
-    bias: str
-    lora_bias: bool
+SERVES = (
+    Served("LoRA", "arXiv 2106.09685", "low_rank", "PEFT LORA", survey=True, refuses="target_parameters of experts"),
+    Served("rsLoRA", "arXiv 2312.03732", "low_rank", "PEFT LORA, use_rslora"),
+    Served("DoRA", "arXiv 2402.09353", "scale, low_rank, bias", "PEFT LORA, use_dora", survey=True),
+    Served("QA-LoRA", "arXiv 2309.14717", "low_rank", "PEFT LORA, use_qalora", survey=True),
+    Served(
+        "QLoRA",
+        "arXiv 2305.14314",
+        "low_rank",
+        "PEFT LORA",
+        survey=True,
+        refuses="quantised backbones: the served one is in full precision",
+    ),
+    Served("BD-LoRA", "PEFT 0.21", "low_rank", "PEFT LORA, use_bdlora"),
+    Served("aLoRA", "arXiv 2504.12397", "low_rank, token_mask", "PEFT LORA, alora_invocation_tokens"),
+    Served("KaSA", "arXiv 2412.06071", "low_rank", "PEFT LORA, kasa_config"),
+    Served(
+        "PiSSA, OLoRA",
+        "arXiv 2404.02948, 2406.01775",
+        "low_rank",
+        "PEFT LORA, init_lora_weights",
+        refuses="pissa_niter, corda, lora_ga, loftq: what they changed in the backbone is not in the files",
+    ),
+    Served("LoRA of embeddings", "PEFT 0.21", "embedding_pair", "PEFT LORA, lora_embedding_A"),
+    Served("trainable tokens", "PEFT 0.21", "row_override, rows", "PEFT LORA, trainable_token_indices"),
+    Served(
+        "whole modules",
+        "PEFT 0.21",
+        "dense, row_override, norm_override",
+        "PEFT LORA, modules_to_save",
+        refuses="modules other than the output head, the input embedding and norms",
+    ),
+    Served("BitFit", "arXiv 2106.10199", "bias, norm_override", "PEFT LORA, bias", survey=True),
+)
 
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
     """Config and header to operators; values are not looked at."""
-    config, notes = _read(settings, catalogue)
-    roles = [A, B, *([B_BIAS] if config.lora_bias else [])]
-    found = by_module(header, [A, B, B_BIAS, BASE_BIAS, BIAS, *COPY_ROLES], catalogue)
-    _check_stray_bias(found, config)
-    require_exactly(found, config.sites, roles)
-    biases = _absolute_biases(found, config, catalogue)
+    config, notes = read_settings(settings, catalogue)
+    found = by_module(header, [A, B, *BECAUSE, *ROLES, *COPY_ROLES], catalogue)
+    _check_roles(found, config)
+    brought = gather(found, config.beside, config.sites, catalogue)
     sites: dict[str, SiteOperators] = {}
-    for path in sorted({*config.sites, *biases}, key=catalogue.index.__getitem__):
-        site = catalogue.sites[catalogue.index[path]]
-        operators: list[Operator] = []
-        folds: list[str] = []
+    for path in sorted({*config.sites, *brought.operators}, key=catalogue.index.__getitem__):
+        before = brought.operators.get(path, [])
+        bias = next((said for said in before if isinstance(said, Bias)), None)
+        folds: tuple[str, ...] = ("bias value - base",) if bias is not None else ()
+        operators: list[Operator] = list(before)
         if path in config.ranks:
-            operators += _low_rank(found[path], site, config)
-            folds.append(config.fold)
-        if path in biases:
-            operators.append(biases[path])
-            folds.append("bias value - base")
-        sites[path] = SiteOperators(tuple(operators), tuple(folds))
-    return ParsedAdapter(METHOD, DIALECT, sites, copies(found), notes)
+            said, done = _adapted(found[path], catalogue.sites[catalogue.index[path]], config, bias)
+            operators, folds = operators + said, folds + done
+        sites[path] = SiteOperators(tuple(operators), folds)
+    parts = (*_embedding(found, config, catalogue), *brought.parts(catalogue))
+    if config.invocation:
+        parts = (*parts, TokenMask(config.invocation))
+    along = copies({module: tensors for module, tensors in found.items() if module not in config.beside.saved})
+    return ParsedAdapter(METHOD, DIALECT, sites, along, notes, parts=parts)
 
 
-def _read(settings: Settings, catalogue: CatalogueInfo) -> tuple[_Config, tuple[str, ...]]:
-    read_common(settings)
-    for key, why in REFUSED.items():
-        settings.refuse(key, why)
-    settings.refuse("megatron_core", "megatron layers are not served", but=("megatron.core",))
-    settings.choice("init_lora_weights", HARMLESS_INITS, True, BASE_CHANGING)
-    settings.ignore(*TRAINING_ONLY)
-    sites = target_sites(settings, catalogue)
-    kinds = {path: catalogue.sites[catalogue.index[path]].kind for path in sites}
-    if settings.flag("ensure_weight_tying") and "lm_head" in kinds.values():
-        raise expected("ensure_weight_tying", "false", "true", "LoRA of input embeddings is not served")
-    notes = fan_in_fan_out_notes(settings, (kind for kind in kinds.values() if kind != "lm_head"))
-    ranks = by_pattern(settings.integer_by_pattern("rank_pattern"), settings.integer("r"), sites, "rank_pattern")
-    alphas = by_pattern(
-        settings.number_by_pattern("alpha_pattern"), settings.number("lora_alpha"), sites, "alpha_pattern"
-    )
-    stabilised = settings.flag("use_rslora")
-    scales = {path: alphas[path] / (sqrt(ranks[path]) if stabilised else ranks[path]) for path in sites}
-    bias = settings.choice("bias", ("none", "all", "lora_only"), "none")
-    config = _Config(
-        sites, ranks, scales, "alpha/sqrt(r)" if stabilised else "alpha/r", bias, settings.flag("lora_bias")
-    )
-    settings.finish(METHOD)
-    return config, notes
-
-
-def _low_rank(tensors: Roles, site: SiteInfo, config: _Config) -> list[Operator]:
-    rank, scale = config.ranks[site.path], config.scales[site.path]
-    why = f"r is {rank} here, {site.path} is {site.in_features} -> {site.out_features}"
-    require_shape(tensors[A], (rank, site.in_features), why)
-    require_shape(tensors[B], (site.out_features, rank), why)
-    operators: list[Operator] = [LowRank(tensors[A], tensors[B], scale)]
-    if config.lora_bias:
-        require_shape(tensors[B_BIAS], (site.out_features,), why)
-        operators.append(Bias(tensors[B_BIAS], scale))
-    return operators
-
-
-def _check_stray_bias(found: dict[str, Roles], config: _Config) -> None:
+def _check_roles(found: dict[str, Roles], config: Config) -> None:
+    """The sites have what the settings promise, and nothing else of a LoRA is there."""
+    roles = [A, B]
+    roles += [B_BIAS] if config.lora_bias else []
+    roles += [MAGNITUDE] if config.variant == DORA else []
+    roles += [DIAGONAL] if config.variant == KASA else []
+    of_embedding = [EMBEDDING_A, EMBEDDING_B] if config.embedding else []
+    of_embedding += [MAGNITUDE] if config.embedding and config.variant == DORA else []
+    known = {*roles, *of_embedding}
+    known.update(VELORA_ROLES if config.variant == VELORA else ())
+    known.update(MONTECLORA_ROLES if config.variant == MONTECLORA else ())
     for tensors in found.values():
-        if B_BIAS in tensors and not config.lora_bias:
-            raise expected(tensors[B_BIAS].name, "no such tensor", "one", "lora_bias is false")
-        stray = tensors.get(BASE_BIAS) or tensors.get(BIAS)
-        if stray is not None and config.bias == "none":
-            raise expected(stray.name, "no such tensor", "one", "bias is none")
+        for role, tensor in tensors.items():
+            if role in BECAUSE and role not in known:
+                raise expected(tensor.name, "no such tensor", "one", BECAUSE[role])
+    of_linears = {module: tensors for module, tensors in found.items() if module != config.embedding}
+    require_exactly(of_linears, config.sites, roles)
+    require_exactly(found, [config.embedding] if config.embedding else [], of_embedding)
 
 
-def _absolute_biases(found: dict[str, Roles], config: _Config, catalogue: CatalogueInfo) -> dict[str, Bias]:
-    """Biases that replace those of the backbone, by site."""
-    if config.bias == "none":
-        return {}
-    wrapped = set(config.sites)
-    biases: dict[str, Bias] = {}
-    for module, tensors in found.items():
-        for role in (BASE_BIAS, BIAS):
-            tensor = tensors.get(role)
-            if tensor is None:
-                continue
-            if module not in catalogue.index:
-                raise expected(tensor.name, "biases of linear modules", "one of a norm, which is not served")
-            if (role == BASE_BIAS) != (module in wrapped) or (role == BIAS and config.bias == "lora_only"):
-                raise expected(tensor.name, f"the biases that bias={config.bias} saves", "another")
-            site = require_site(module, tensor, catalogue)
-            if not site.has_bias:
-                raise expected(tensor.name, "a bias of the backbone to replace", "a module without one")
-            require_shape(tensor, (site.out_features,), f"{module} has {site.out_features} outputs")
-            biases[module] = Bias(tensor, absolute=True)
-    due = [site.path for site in catalogue.sites if site.has_bias]
-    asked = [path for path in due if config.bias == "all" or path in wrapped]
-    missing = [path for path in asked if path not in biases]
-    if missing:
-        role = BASE_BIAS if missing[0] in wrapped else BIAS
-        raise missing_tensor(missing[0], role, f"bias is {config.bias}", len(missing) - 1)
-    return biases
+def _adapted(
+    tensors: Roles, site: SiteInfo, config: Config, bias: Bias | None
+) -> tuple[list[Operator], tuple[str, ...]]:
+    """What LoRA says at a site, and what was folded."""
+    both = pair(tensors, site, config)
+    if config.variant == DORA:
+        return peft_dora.operators(site, both, tensors[MAGNITUDE], bias), (*both.folds, "m/‖W + sBA‖")
+    said: list[Operator] = [LowRank(both.a, both.b, both.scale)]
+    if config.lora_bias:
+        require_shape(tensors[B_BIAS], (site.out_features,), f"{site.path} has {site.out_features} outputs")
+        said.append(Bias(tensors[B_BIAS], both.scale))
+    return said, both.folds
+
+
+def _embedding(found: dict[str, Roles], config: Config, catalogue: CatalogueInfo) -> tuple[Part, ...]:
+    """LoRA of the input embedding, if it is a target."""
+    embedding = catalogue.embedding
+    if not config.embedding or embedding is None:
+        return ()
+    tensors, rank = found[config.embedding], config.ranks[config.embedding]
+    a, b = tensors[EMBEDDING_A], tensors[EMBEDDING_B]
+    why = f"r is {rank} here, {config.embedding} has {embedding.rows} rows of {embedding.features}"
+    require_shape(a, (rank, embedding.rows), why)
+    require_shape(b, (embedding.features, rank), why)
+    if config.variant == DORA:
+        both = Pair(a, b, config.scales[config.embedding], ())
+        return (peft_dora.of_embedding(embedding, both, tensors[MAGNITUDE]),)
+    return (EmbeddingPair(a, b, config.scales[config.embedding]),)

@@ -37,6 +37,15 @@ class Settings:
             self._refuse(key, "true or false", value)
         return value
 
+    def flag_or_text(self, key: str, default: bool) -> bool | str:
+        """true, false or text; ``default`` when absent or null."""
+        value = self._take(key, False)
+        if value is None:
+            return default
+        if not isinstance(value, bool | str) or (isinstance(value, str) and not is_text(value)):
+            self._refuse(key, "true, false or a name", value)
+        return value
+
     def integer(self, key: str, minimum: int = 1) -> int:
         """A required integer; 8.0, "8" and true are none."""
         return self._integer(key, self._take(key, True), minimum)
@@ -83,10 +92,33 @@ class Settings:
         value = self._take(key, False)
         if value is None:
             return None
-        values = value if isinstance(value, list) else [value]
-        if len(values) > LIST_MAX:
-            self._refuse(key, f"at most {LIST_MAX} integers", len(values))
-        return tuple(self._integer(key, entry, 0) for entry in values)
+        return self._integers(key, value if isinstance(value, list) else [value])
+
+    def integers_by_name(self, key: str) -> dict[str, tuple[int, ...]] | tuple[int, ...] | None:
+        """A list of integers, or one for each of several names, or None."""
+        value = self._take(key, False)
+        if value is None or isinstance(value, list):
+            return None if value is None else self._integers(key, value)
+        if not isinstance(value, dict) or not all(isinstance(entry, list) for entry in value.values()):
+            self._refuse(key, "a list of integers, or an object of such lists", value)
+        return {name: self._integers(key, entry) for name, entry in value.items()}
+
+    def flags_by_name(self, key: str) -> dict[str, tuple[bool, ...]]:
+        """A list of true and false for each of several names; empty when absent or null."""
+        said = self._object(key)
+        for value in said.values():
+            if not isinstance(value, list) or len(value) > LIST_MAX or not all(type(flag) is bool for flag in value):
+                self._refuse(key, f"an object of lists of at most {LIST_MAX} true or false", value)
+        return {name: tuple(value) for name, value in said.items()}
+
+    def nested(self, key: str) -> "Settings | None":
+        """The settings inside one of these, or None. Whoever asks for them calls their ``finish``."""
+        value = self._take(key, False)
+        if value is None or value is False:
+            return None
+        if not isinstance(value, dict):
+            self._refuse(key, "an object", value)
+        return Settings(value)
 
     def integer_by_pattern(self, key: str) -> dict[str, int]:
         """Pattern -> positive integer, in the order of the file."""
@@ -129,6 +161,11 @@ class Settings:
         if not isinstance(value, dict):
             self._refuse(key, "an object", value)
         return value
+
+    def _integers(self, key: str, values: list[Any]) -> tuple[int, ...]:
+        if len(values) > LIST_MAX:
+            self._refuse(key, f"at most {LIST_MAX} integers", len(values))
+        return tuple(self._integer(key, entry, 0) for entry in values)
 
     def _integer(self, key: str, value: Any, minimum: int) -> int:
         if type(value) is not int or not minimum <= value < 2**31:

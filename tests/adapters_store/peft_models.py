@@ -1,13 +1,15 @@
 """Adapters as the `peft` library makes them, on tiny random models, beside the sites of these models."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import IA3Config, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from tests.adapters_store.peft_lora_variants import NOT_POOLED, VARIANTS, pool, prune
 from tests.support.backbones import COMMON
 from tests.support.backbones import build as build_plain
 from tests.support.catalogues import ModelSites, sites_of
@@ -94,6 +96,7 @@ SERVED: Mapping[str, tuple[str, PeftConfig]] = {
     "ia3_regex": ("llama", IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=r".*down.*")),
     "ia3_gpt2": ("gpt2", IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])),
     "ia3_default": ("llama", IA3Config()),
+    **VARIANTS,
 }
 
 
@@ -102,17 +105,21 @@ def adapt(family: str, config: PeftConfig, seed: int = 0) -> PeftModel:
     with warnings.catch_warnings():
         # about biases that merging cannot keep, and fan_in_fan_out that is corrected
         warnings.simplefilter("ignore")
-        model = get_peft_model(build(family), config).eval()
+        model = get_peft_model(build(family), copy.deepcopy(config)).eval()
+    if getattr(config, "use_qalora", False) and config.qalora_group_size != NOT_POOLED:
+        pool(model, config)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=random)
-            if ".ia3_l" in name:
+            if ".ia3_l" in name or "lora_magnitude" in name:
                 parameter.copy_(1 + 0.5 * noise)
             elif "lora_" in name or "lokr_" in name:
                 parameter.copy_(0.4 * noise)
             elif name.endswith(".bias") and getattr(config, "bias", "none") != "none" and parameter.requires_grad:
                 parameter.copy_(parameter + 0.4 * noise)
+    if isinstance(config, AdaLoraConfig) and config.rank_pattern is not None:
+        prune(model)
     return model
 
 
