@@ -59,6 +59,11 @@ class Settings:
         """A required finite number, 0 to NUMBER_MAX."""
         return self._number(key, self._take(key, True), 0.0)
 
+    def optional_number(self, key: str) -> float | None:
+        """A number from 0, or None when it is null or absent."""
+        value = self._take(key, False)
+        return None if value is None else self._number(key, value, 0.0)
+
     def signed_number(self, key: str) -> float:
         """A required finite number of at most NUMBER_MAX in size."""
         return self._number(key, self._take(key, True), -NUMBER_MAX)
