@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-INTEGERS = ("I32", "I64")
+INTEGERS = ("I32", "I64", "U8", "I16")
 
 
 @dataclass(frozen=True, slots=True)
