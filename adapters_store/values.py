@@ -14,6 +14,8 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U8": torch.uint8,
+    "I16": torch.int16,
 }
 LARGE = 1e4
 
@@ -90,6 +92,12 @@ class Values:
         self.large = max(self.large, (float(value.abs().max()), ref.name))
         self._site[ref.name] = value
         return value
+
+    def require_zeros(self, ref: TensorRef) -> None:
+        """The tensor holds nothing else."""
+        if bool(self._read(ref).any()):
+            raise expected(ref.name, "zeros: the settings say that there is nothing", "other values")
+        self.next_site()
 
     def require_copy(self, ref: TensorRef, path: str, catalogue: SiteCatalogue) -> None:
         """The tensor equals the backbone's parameter at ``path`` bit for bit, in the dtype that is served."""
