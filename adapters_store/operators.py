@@ -124,6 +124,7 @@ class ParsedAdapter:
     copies:    tensors that must equal the backbone's parameter of the path beside them, bit for bit
     weights:   the data part of the weights file, as read once; None when only the header was read
     parts:     operators at places that are no linears
+    zeros:     tensors that must hold nothing but zeros
     """
 
     method: str
@@ -133,3 +134,4 @@ class ParsedAdapter:
     notes: tuple[str, ...] = ()
     weights: memoryview | None = None
     parts: tuple[Part, ...] = ()
+    zeros: tuple[TensorRef, ...] = ()
