@@ -57,6 +57,8 @@ def compile_adapter(
     values = Values(parsed, catalogue)
     for ref, path in parsed.copies:
         values.require_copy(ref, path, catalogue)
+    for ref in parsed.zeros:
+        values.require_zeros(ref)
     info, terms, summaries, records = catalogue.info, dict[int, SiteTerms](), list[SiteSummary](), list[Extra]()
     for path, said in parsed.sites.items():
         index = info.index[path]
