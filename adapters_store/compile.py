@@ -18,7 +18,7 @@ from weft.adapters_store.fold import (
 )
 from weft.adapters_store.operators import Kron, LowRank, ParsedAdapter
 from weft.adapters_store.parts import TAPS, Bottleneck
-from weft.adapters_store.plans import RecordPlan, is_plain, module_of, plan_part
+from weft.adapters_store.plans import RecordPlan, module_of, plan_part
 from weft.adapters_store.proof import prove
 from weft.adapters_store.report import AdapterReport, SiteSummary
 from weft.adapters_store.sites import CatalogueInfo, SiteCatalogue
@@ -129,7 +129,7 @@ def _record_summary(plan: RecordPlan) -> SiteSummary:
 
 
 def _bottleneck_summary(part: Bottleneck, info: CatalogueInfo, dtype: torch.dtype) -> SiteSummary:
-    assert is_plain(part)
+    assert part.plain
     rank = part.down.shape[0]
     words = (f"bottleneck r={rank} {part.act} of {part.tap}",)
     return SiteSummary(module_of(part, info), words, rank, bottleneck_bytes(part, dtype))

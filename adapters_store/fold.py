@@ -58,6 +58,12 @@ class Folded:
         return self._terms(pairs, krons)
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing but deltas."""
+        vectors = (self.sigma, self.beta, self.sigma_in)
+        return not (self.pairs or self.krons) and all(vector is None for vector in vectors)
+
+    @property
     def rank(self) -> int:
         """Of all low-rank terms together."""
         return sum(a.shape[0] for a, _ in self.pairs)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.examples import GROUPS, MIXES, Kinds, Loaded, applied
+from tests.kernels.examples import GROUPS, MIXES, Kinds, Loaded, applied, geometry
+from weft.kernels.batch import Segment
 from weft.kernels.layout import SiteTerms
 from weft.kernels.twin import TorchKernels
 from weft.kernels.working_set import HEAD
@@ -141,3 +142,14 @@ def test_prompts_take_no_slot(loaded: Loaded) -> None:
 def test_a_negative_budget_is_refused(loaded: Loaded) -> None:
     with pytest.raises(ValueError, match=r"^working_set_bytes_max: expected at least 0, got -1$"):
         kernels_with(loaded, -1)
+
+
+def test_adapters_without_bytes_take_no_place() -> None:
+    """One that has records only has an empty slot, which must not hide the slot that begins where it lies."""
+    of = geometry(torch.float32)
+    pair = {0: SiteTerms((torch.randn(3, 36), torch.randn(20, 3)))}
+    loaded = Loaded.of(of, [pair, {}, {}, pair])
+    kernels = TorchKernels(loaded.arena, of, 1 << 20)
+    for block in loaded.blocks:
+        kernels.rows([Segment(0, 1, block)])
+        kernels.check()
