@@ -62,7 +62,7 @@ def _gpt2() -> PreTrainedModel:
 def _gemma3() -> PreTrainedModel:
     layers = ["sliding_attention", "full_attention", "sliding_attention"]
     config = Gemma3TextConfig(**COMMON, num_hidden_layers=3, head_dim=16, sliding_window=8, layer_types=layers)
-    return Gemma3ForCausalLM(config)
+    return _talkative(Gemma3ForCausalLM(config))
 
 
 def _qwen2() -> PreTrainedModel:
@@ -83,7 +83,16 @@ def _gemma2() -> PreTrainedModel:
         **COMMON, num_hidden_layers=2, head_dim=16, sliding_window=8, layer_types=layers, query_pre_attn_scalar=16,
         attn_logit_softcapping=2.0, final_logit_softcapping=5.0,
     )  # fmt: skip
-    return Gemma2ForCausalLM(config)
+    return _talkative(Gemma2ForCausalLM(config))
+
+
+def _talkative(model: PreTrainedModel) -> PreTrainedModel:
+    """More weight on what sublayers add: with their norms near 1 a tied head only repeats the last token."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "post_" in name:
+                parameter.fill_(3.0)
+    return model
 
 
 def _opt() -> PreTrainedModel:
