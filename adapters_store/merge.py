@@ -1,14 +1,16 @@
 """Several adapters as one: the members of a union, or those that one request names together. Imports no torch.
 
-At a linear the members' operators apply one after the other, in the order in which they are named: a scale of the
-output scales what members before it added, as in PEFT. What replaces something may stand once only.
+At a linear each member takes the linear with the members before it as its own: deltas add up, each computed from the
+frozen weight; a scale of the output scales what members before it added, as in PEFT, and a scale of the input reaches
+them too. What replaces something may stand once only.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from weft.adapters_store.errors import AdapterInvalid, expected
+from weft.adapters_store.errors import expected
+from weft.adapters_store.merge_parts import Parts, needs_one, times
 from weft.adapters_store.operators import (
     Bias,
     Columns,
@@ -22,19 +24,8 @@ from weft.adapters_store.operators import (
     SiteOperators,
     Sparse,
 )
-from weft.adapters_store.parts import (
-    Bottleneck,
-    EmbeddingPair,
-    KVPrefix,
-    Matrix,
-    NormOverride,
-    Part,
-    RowOverride,
-    SoftPrompt,
-    TokenMask,
-)
-from weft.adapters_store.plans import is_plain
-from weft.adapters_store.tensor_refs import Computed, TensorRef, Value
+from weft.adapters_store.rescale import fed, multiplied_out, pair_rank, scaled
+from weft.adapters_store.tensor_refs import Computed, Value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,200 +43,117 @@ class Member:
 def merge(members: Sequence[Member], method: str, dialect: str) -> ParsedAdapter:
     """One adapter that computes what these compute together. AdapterInvalid where two cannot, with both labels.
 
-    Members whose files were read must be of one file, or be ``joined`` first.
+    Members whose values are to be read must be over one run of bytes.
     """
-    sites: dict[str, SiteOperators] = {}
-    parts: dict[object, tuple[str, Part]] = {}
+    sites: dict[str, _Site] = {}
+    parts = Parts()
     for member in members:
         for path, said in member.parsed.sites.items():
-            before = sites.get(path, SiteOperators(()))
-            added = tuple(_weighted(operator, member) for operator in said.operators)
-            folds = tuple(dict.fromkeys((*before.folds, *said.folds)))
-            sites[path] = SiteOperators((*before.operators, *added), folds)
-        for part in member.parsed.parts:
-            _add_part(parts, _weighted_part(part, member), member.label)
-    notes = tuple(f"{m.label}: {note}" for m in members for note in m.parsed.notes)
-    copies = tuple(copy for m in members for copy in m.parsed.copies)
-    first = members[0].parsed
-    return ParsedAdapter(method, dialect, sites, copies, notes, first.weights, tuple(p for _, p in parts.values()))
+            sites.setdefault(path, _Site(path)).add(said, member)
+        parts.add(member.parsed.parts, member.label, member.weight)
+    return ParsedAdapter(
+        method,
+        dialect,
+        {path: site.operators() for path, site in sites.items()},
+        copies=tuple(copy for m in members for copy in m.parsed.copies),
+        notes=tuple(f"{m.label}: {note}" for m in members for note in m.parsed.notes),
+        weights=members[0].parsed.weights,
+        parts=parts.all(),
+    )
 
 
-def joined(members: Sequence[Member]) -> list[Member]:
-    """The same members over one run of bytes: their files', one behind the other. Tensors are named by member."""
-    data = bytearray()
-    result = []
-    for member in members:
-        assert member.parsed.weights is not None, "members were read"
-        moved = _moved(member.parsed, len(data), member.label)
-        data += member.parsed.weights
-        result.append(replace(member, parsed=moved))
-    view = memoryview(data).toreadonly()
-    return [replace(member, parsed=replace(member.parsed, weights=view)) for member in result]
+@dataclass
+class _Site:
+    """One linear, and what the members so far do to it.
+
+    said:      operators in order
+    behind:    deltas that a scale was multiplied into, which must not stand before it
+    replacer:  who replaced something of the linear's weight
+    """
+
+    path: str
+    said: list[Operator] = field(default_factory=list)
+    behind: list[Operator] = field(default_factory=list)
+    folds: dict[str, None] = field(default_factory=dict)
+    replacer: str = ""
+
+    def add(self, site: SiteOperators, member: Member) -> None:
+        """The operators of one more member."""
+        own: list[Operator] = []
+        for said in site.operators:
+            if isinstance(said, Dense | Rows) and said.replaces and self.replacer:
+                wanted, got = f"one replacement of the weight of {self.path}", f"another beside that of {self.replacer}"
+                raise expected(member.label, wanted, got, "one would undo the other")
+            operator = _weighted(said, member, self.path)
+            if isinstance(operator, Scale):
+                self._under(operator)
+            own.append(operator)
+        if any(isinstance(operator, Dense | Rows) and operator.replaces for operator in own):
+            self.replacer = member.label
+        self.said += own + self.behind
+        self.behind = []
+        self.folds |= dict.fromkeys(site.folds)
+
+    def operators(self) -> SiteOperators:
+        """What came of it. Kernels take Kronecker terms of one grid: of several, smaller ones are multiplied out."""
+        sizes: dict[tuple[int, int], int] = {}
+        for operator in self.said:
+            if isinstance(operator, Kron):
+                sizes[_grid(operator)] = sizes.get(_grid(operator), 0) + pair_rank(operator)
+        kept = max(sizes, key=lambda grid: sizes[grid], default=None)
+        said = (multiplied_out(o) if isinstance(o, Kron) and _grid(o) != kept else o for o in self.said)
+        return SiteOperators(tuple(said), tuple(self.folds))
+
+    def _under(self, scale: Scale) -> None:
+        """A member's scale of the linear and of what members before it added."""
+        if scale.of_input:
+            self.said = [fed(operator, scale.vector) for operator in self.said]
+            self.behind = [fed(operator, scale.vector) for operator in self.behind]
+            return
+        apart = [operator for operator in self.said if not _folds(operator)]
+        self.said = [operator for operator in self.said if _folds(operator)]
+        self.behind = [scaled(operator, scale.vector, self.path) for operator in (*self.behind, *apart)]
 
 
-def _moved(said: Any, by: int, label: str, seen: dict[int, Any] | None = None) -> Any:
-    """A copy of what a parser said in which every tensor lies ``by`` bytes further on."""
-    # a formula that several tensors share stays one
-    known = {} if seen is None else seen
-    if id(said) in known:
-        return known[id(said)]
-    result = said
-    if isinstance(said, TensorRef):
-        result = replace(said, name=f"{label}: {said.name}", start=said.start + by, stop=said.stop + by)
-    elif is_dataclass(said) and not isinstance(said, type):
-        changed = {f.name: _moved(getattr(said, f.name), by, label, known) for f in fields(said)}
-        result = replace(said, **changed)
-    elif isinstance(said, tuple):
-        result = tuple(_moved(each, by, label, known) for each in said)
-    elif isinstance(said, dict):
-        result = {key: _moved(each, by, label, known) for key, each in said.items()}
-    known[id(said)] = result
-    return result
-
-
-def _weighted(operator: Operator, member: Member) -> Operator:
+def _weighted(operator: Operator, member: Member, path: str) -> Operator:
+    """The operator at the linear ``path``, times the member's weight."""
     w = member.weight
     if w == 1.0:
         return operator
     match operator:
+        case Bias(vector, scale, True):
+            return _nearer(vector, scale, w, path)
         case LowRank() | Kron() | Bias():
             return replace(operator, scale=operator.scale * w)
         case Sparse(_, values):
-            return replace(operator, values=_times(values, w))
-        case Rows(_, rows):
-            return replace(operator, rows=_times(rows, w))
+            return replace(operator, values=times(values, w))
+        case Rows(_, rows) if not operator.replaces:
+            return replace(operator, rows=times(rows, w))
         case Columns(_, columns):
-            return replace(operator, columns=_times(columns, w))
-        case Dense(delta):
-            return replace(operator, delta=_times(delta, w))
-        case Scale():
-            raise _needs_one(member, "it scales outputs")
+            return replace(operator, columns=times(columns, w))
+        case Dense(delta) if not operator.replaces:
+            return replace(operator, delta=times(delta, w))
+        case Rows() | Dense():
+            raise needs_one(member.label, w, f"it replaces the weight of {path}")
+        case Scale(_, of_input):
+            raise needs_one(member.label, w, f"it scales the {'input' if of_input else 'output'} of {path}")
 
 
-def _weighted_part(part: Part, member: Member) -> Part:
-    if member.weight == 1.0 or isinstance(part, TokenMask):
-        return part
-    if isinstance(part, EmbeddingPair):
-        return replace(part, scale=part.scale * member.weight)
-    if isinstance(part, Bottleneck) and isinstance(part.up, Matrix) and part.skip is None:
-        bias = None if part.up_bias is None else _times(part.up_bias, member.weight)
-        return replace(part, up=Matrix(_times(part.up.weight, member.weight)), up_bias=bias)
-    raise _needs_one(member, f"a {type(part).__name__} has no weight")
+def _nearer(vector: Value, scale: float, weight: float, path: str) -> Bias:
+    """A bias in the place of the linear's own, its difference from that times the weight."""
+
+    def formula(new: "Tensor", old: "Tensor") -> "Tensor":
+        return old + weight * (scale * new.reshape(-1) - old)
+
+    nearer = Computed(vector.name, (vector.elements,), formula, (vector,), (f"{path}.bias",))
+    return Bias(nearer, absolute=True)
 
 
-def _needs_one(member: Member, why: str) -> AdapterInvalid:
-    return expected(f"weight of {member.label}", "1", f"{member.weight:g}", why)
+def _folds(operator: Operator) -> bool:
+    """Whether the fold multiplies a scale into an operator that stands before it."""
+    return isinstance(operator, Bias | Scale) or (isinstance(operator, LowRank) and operator.gate is None)
 
 
-def _times(value: Value, weight: float) -> Computed:
-    return Computed(value.name, value.shape, lambda t: t * weight, (value,))
-
-
-def _add_part(parts: dict[object, tuple[str, Part]], part: Part, label: str) -> None:
-    """Put a part in its place; what stands there already must be able to share it."""
-    key = _place(part)
-    if key not in parts:
-        parts[key] = (label, part)
-        return
-    owner, there = parts[key]
-    together = _together(there, part)
-    if together is None:
-        what = f"one {type(part).__name__} at {_name(part)}"
-        raise expected(label, what, f"another beside that of {owner}", "the two cannot both apply")
-    parts[key] = (f"{owner} and {label}", together)
-
-
-def _place(part: Part) -> object:
-    match part:
-        case NormOverride(path, _, _):
-            return (NormOverride, path)
-        case Bottleneck() if is_plain(part):
-            return (Bottleneck, part.layer, part.after)
-        case Bottleneck():
-            return (Bottleneck, part.layer, part.after, "whole")
-        case KVPrefix():
-            return (KVPrefix, part.layer)
-        case _:
-            return type(part)
-
-
-def _name(part: Part) -> str:
-    match part:
-        case NormOverride(path, _, _):
-            return path
-        case Bottleneck():
-            return f"layer {part.layer} {part.after}"
-        case KVPrefix(layer, _, _, _, _, _):
-            return f"layer {layer}"
-        case _:
-            return "the embedding"
-
-
-def _together(there: Part, part: Part) -> Part | None:
-    """Both as one part, or None where there is no such thing."""
-    match there, part:
-        case SoftPrompt(a), SoftPrompt(b):
-            return SoftPrompt(_stacked(a, b))
-        case KVPrefix(), KVPrefix() if there.gate is part.gate is None and there.shifts == part.shifts:
-            return replace(there, keys=_stacked(there.keys, part.keys), values=_stacked(there.values, part.values))
-        case Bottleneck(), Bottleneck() if (there.tap, there.act) == (part.tap, part.act) and is_plain(part):
-            return _wider(there, part)
-        case TokenMask(a), TokenMask(b) if a == b:
-            return there
-        case _:
-            return None
-
-
-def _stacked(a: Value, b: Value) -> Computed:
-    def formula(first: "Tensor", second: "Tensor") -> "Tensor":
-        import torch
-
-        return torch.cat([first.flatten(1), second.flatten(1)]).view(-1, *a.shape[1:])
-
-    return Computed(a.name, (a.shape[0] + b.shape[0], *a.shape[1:]), formula, (a, b))
-
-
-def _wider(there: Bottleneck, part: Bottleneck) -> Bottleneck:
-    """Two bottlenecks that read the same and bend alike, side by side."""
-    assert isinstance(there.down, Matrix)
-    assert isinstance(part.down, Matrix)
-    assert isinstance(there.up, Matrix)
-    assert isinstance(part.up, Matrix)
-    a, b = there.up.weight, part.up.weight
-
-    def beside(first: "Tensor", second: "Tensor") -> "Tensor":
-        import torch
-
-        return torch.cat([first, second], dim=1)
-
-    up = Computed(a.name, (a.shape[0], a.shape[1] + b.shape[1]), beside, (a, b))
-    down = _stacked(there.down.weight, part.down.weight)
-    ranks = there.down.shape[0], part.down.shape[0]
-    return replace(
-        there,
-        down=Matrix(down),
-        up=Matrix(up),
-        down_bias=_end_to_end(there.down_bias, part.down_bias, ranks),
-        up_bias=_sum(there.up_bias, part.up_bias),
-    )
-
-
-def _end_to_end(a: Value | None, b: Value | None, ranks: tuple[int, int]) -> Value | None:
-    if a is None and b is None:
-        return None
-    present = [value for value in (a, b) if value is not None]
-
-    def formula(*found: "Tensor") -> "Tensor":
-        import torch
-
-        given = iter(found)
-        parts = [torch.zeros(n) if v is None else next(given).flatten() for v, n in zip((a, b), ranks, strict=True)]
-        return torch.cat(parts)
-
-    return Computed(present[0].name, (sum(ranks),), formula, tuple(present))
-
-
-def _sum(a: Value | None, b: Value | None) -> Value | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return Computed(a.name, (a.elements,), lambda x, y: x.flatten() + y.flatten(), (a, b))
+def _grid(kron: Kron) -> tuple[int, int]:
+    """How its outputs are folded; kernels take one way per linear."""
+    return kron.w1.shape[0], kron.w2.shape[0]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from weft.adapters_store.parts import Gate, Part
-from weft.adapters_store.tensor_refs import TensorRef, Value
+from weft.adapters_store.tensor_refs import Bytes, TensorRef, Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,11 @@ class Sparse:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """y[:, index] += x rowsᵀ with rows [k, in]."""
+    """y[:, index] += x rowsᵀ with rows [k, in]; ``replaces`` as for Dense."""
 
     index: Value
     rows: Value
+    replaces: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +101,10 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """y += x deltaᵀ with delta [out, in]."""
+    """y += x deltaᵀ with delta [out, in]; ``replaces`` if the file holds a weight in the place of the linear's own."""
 
     delta: Value
+    replaces: bool = False
 
 
 Operator = LowRank | Kron | Scale | Bias | Sparse | Rows | Columns | Dense
@@ -132,6 +134,6 @@ class ParsedAdapter:
     sites: Mapping[str, SiteOperators]
     copies: tuple[tuple[TensorRef, str], ...] = ()
     notes: tuple[str, ...] = ()
-    weights: memoryview | None = None
+    weights: Bytes | None = None
     parts: tuple[Part, ...] = ()
     zeros: tuple[TensorRef, ...] = ()

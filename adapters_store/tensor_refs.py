@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,3 +51,9 @@ class Computed:
 
 
 Value = TensorRef | Computed
+
+
+class Bytes(Protocol):
+    """The bytes that TensorRefs count in: a memoryview, or what cuts like one."""
+
+    def __getitem__(self, part: slice, /) -> memoryview: ...

@@ -46,7 +46,7 @@ class Values:
         self._computed.clear()
 
     def read(self, value: Value) -> Tensor:
-        """The tensor in fp32; not to be written to. AdapterInvalid if a value is not finite."""
+        """The tensor in fp32, or a formula's integers, not to be written to. AdapterInvalid unless it is finite."""
         return self._compute(value) if isinstance(value, Computed) else self._read(value)
 
     def indices(self, ref: Value, below: int, ascending: bool = True) -> Tensor:
@@ -63,7 +63,9 @@ class Values:
 
     def _compute(self, value: Computed) -> Tensor:
         if id(value) not in self._computed:
-            result = self._formula(value).float()
+            result = self._formula(value)
+            # indices stay integers: fp32 counts to 2^24 only
+            result = result.float() if result.is_floating_point() else result
             if not bool(torch.isfinite(result).all()):
                 raise expected(value.name, "values that the method's formula can use", "NaN or infinity from it")
             self._computed[id(value)] = (value, result)

@@ -37,8 +37,8 @@ class Kernels(ABC):
         self.arena = arena
         self.geometry = geometry
         self._views = Views(arena, geometry.dtype)
-        # views of the pieces of blocks' records: by the key of the block, then by what the record is
-        self._pieces: dict[int, dict[tuple[Kind, int], Pieces]] = {}
+        # views of what blocks' records hold, by the block's key; no two records of a block lie in one place
+        self._pieces: dict[int, dict[Record, Pieces]] = {}
         self._hidden_group = len(geometry.groups) - geometry.hidden
         self._widths = [(geometry.out_features(g), geometry.in_features(g)) for g in range(len(geometry.groups))]
 
@@ -88,10 +88,9 @@ class Kernels(ABC):
     def _pieces_of(self, block: Block | None, record: Record) -> Pieces:
         assert block is not None
         known = self._pieces.setdefault(block.key, {})
-        what = (record.kind, record.place)
-        if what not in known:
-            known[what] = tuple(None if p is None else self._views.piece(block.offset, p) for p in record.pieces)
-        return known[what]
+        if record not in known:
+            known[record] = tuple(None if p is None else self._views.piece(block.offset, p) for p in record.pieces)
+        return known[record]
 
     def override_norm(self, out: Tensor, x: Tensor, rows: Rows, place: int, norm: Norm) -> None:
         """Norm with the adapters' weights and biases, in place, in the rows whose adapter has any.
