@@ -4,6 +4,7 @@
     root/objects/<digest>/   the two files of a version, as received
     root/names/<sha256>      a record of one name; nothing that a client sent ever becomes part of a path
     root/images/             compiled blocks, written by the engine; can be made again
+    root/composed/           the same of derived versions; emptied when an engine starts
     root/staging/            what is under way; emptied when the store is opened
 
 What has been acknowledged is there after a kill; what has not is there completely or not at all.

@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weft.adapters_store.durable import io_errors
-from weft.adapters_store.errors import AdapterCorrupt, AdapterTooLarge
+from weft.adapters_store.errors import AdapterCorrupt, AdapterInvalid, AdapterTooLarge
 from weft.adapters_store.safetensors_header import LENGTH_BYTES, Header, header_bytes, read_header
 from weft.adapters_store.strict_json import CONFIG_BYTES_MAX
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# how AdapterHub calls it; in a store every file has the name above
+WEIGHTS_ELSEWHERE = "adapter.safetensors"
 
 # folders of a store
 OBJECTS, NAMES, IMAGES, STAGING = "objects", "names", "images", "staging"
+# images of derived versions: no name keeps them, and no engine those of another
+COMPOSED = "composed"
 
 _CHUNK = 1 << 20
 
@@ -57,6 +61,34 @@ class AdapterFiles:
             raise AdapterCorrupt(f"{WEIGHTS}: expected the same bytes twice, got others", WEIGHTS)
         digest = manifest_digest(hashlib.sha256(config).hexdigest(), hashlib.sha256(weights).hexdigest())
         return cls(config, header, weights[header.data_start :].toreadonly(), digest)
+
+
+def read_version(root: Path, digest: str, data: bool = True) -> AdapterFiles:
+    """The files of a version in the store. AdapterCorrupt if they are not what was registered.
+
+    AdapterInvalid if they were malformed when they came. Without ``data`` nothing of the weights is read or hashed.
+    """
+    folder = version_folder(root, digest)
+    try:
+        files = AdapterFiles.read(folder, data)
+    except AdapterInvalid:
+        # either it came like this, or the disk did it
+        if digest_of(folder) != digest:
+            raise _corrupt() from None
+        raise
+    if data and files.digest != digest:
+        raise _corrupt()
+    return files
+
+
+def _corrupt() -> AdapterCorrupt:
+    return AdapterCorrupt("version: expected the bytes that were registered, got others")
+
+
+def weights_in(folder: Path) -> Path:
+    """The weights of an adapter as some library saved it: under PEFT's name, or AdapterHub's where there is no such."""
+    found, other = folder / WEIGHTS, folder / WEIGHTS_ELSEWHERE
+    return other if other.is_file() and not found.exists() else found
 
 
 def version_folder(root: Path, digest: str) -> Path:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weft.adapters_store.durable import io_errors, write_atomically
+from weft.adapters_store.durable import FOLDER_MODE, io_errors, write_atomically
 from weft.adapters_store.errors import AdapterCorrupt
 from weft.adapters_store.files import IMAGES, STAGING, version_folder
 from weft.kernels.layout import ALIGN, IMAGE_FORMAT
@@ -34,7 +34,7 @@ class ImageMissing(Exception):
 
 @dataclass(frozen=True)
 class Images:
-    """The images of one store for one backbone and dtype.
+    """The images in one folder of a store, for one backbone and dtype.
 
     An image is of (version, backbone, format of blocks, dtype): folds read the backbone's weights.
     """
@@ -42,18 +42,26 @@ class Images:
     root: Path
     backbone_digest: str
     dtype: torch.dtype
+    folder: str = IMAGES
+
+    def clear(self) -> None:
+        """Delete all of them."""
+        with io_errors("clearing images"):
+            for path in (self.root / self.folder).glob("*"):
+                path.unlink()
 
     def path(self, digest: str) -> Path:
         """Where the image of a version lies; its name begins with the version's digest."""
         version = version_folder(self.root, digest).name
         rest = hashlib.sha256(f"{self.backbone_digest} {IMAGE_FORMAT} {self.dtype}".encode()).hexdigest()
-        return self.root / IMAGES / f"{version}-{rest[:16]}"
+        return self.root / self.folder / f"{version}-{rest[:16]}"
 
     def write(self, digest: str, block: Tensor) -> None:
         """Put an image in place, completely or not at all."""
         data = block.numpy().data
         head = MAGIC + len(data).to_bytes(8, "little") + hashlib.sha256(data).digest()
         with io_errors("writing an image"):
+            self.path(digest).parent.mkdir(FOLDER_MODE, exist_ok=True)
             pieces: Iterator[bytes | memoryview] = iter((head.ljust(HEAD_BYTES, b"\0"), data))
             write_atomically(self.path(digest), pieces, self.root / STAGING)
         # of one version for one backbone at a time, so that images cannot pile up
@@ -70,7 +78,7 @@ class Images:
 
     def _remove(self, digest: str, but: str) -> None:
         with io_errors("removing an image"):
-            for path in (self.root / IMAGES).glob(f"{digest}-*"):
+            for path in (self.root / self.folder).glob(f"{digest}-*"):
                 if path.name != but:
                     path.unlink(missing_ok=True)
 

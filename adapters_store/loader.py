@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from weft.adapters_store.arena import Move, copy_overlapping
-from weft.adapters_store.compile import compile_adapter
+from weft.adapters_store.compile import block_bytes, compile_adapter
+from weft.adapters_store.composition import Members, read_composed
 from weft.adapters_store.errors import (
     AdapterCorrupt,
     AdapterError,
@@ -28,9 +29,10 @@ from weft.adapters_store.errors import (
     AdapterTooLarge,
     StoreBug,
 )
-from weft.adapters_store.files import AdapterFiles, digest_of, version_folder
+from weft.adapters_store.files import COMPOSED, read_version
 from weft.adapters_store.formats import parse_adapter
 from weft.adapters_store.images import ImageFile, ImageMissing, Images
+from weft.adapters_store.operators import ParsedAdapter
 from weft.adapters_store.report import AdapterReport
 from weft.adapters_store.sites import SiteCatalogue
 from weft.kernels.layout import Directory, Geometry, directory
@@ -49,9 +51,10 @@ class PrepareJob:
 
 @dataclass(frozen=True)
 class SizeJob:
-    """Say how large a version's block is; its image is made if there is none."""
+    """Say how large a version's block is; its image is made if there is none. ``members`` of a derived version."""
 
     digest: str
+    members: Members = ()
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class LoadJob:
     nbytes: int
     moves: tuple[Move, ...]
     ready: "torch.cuda.Event | None"
+    members: Members = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class RemoveJob:
     """Delete the image of a version."""
 
     digest: str
+    members: Members = ()
 
 
 Job = PrepareJob | SizeJob | LoadJob | RemoveJob
@@ -105,6 +110,8 @@ class Loader:
         self._root, self._catalogue, self._geometry = root, catalogue, geometry
         self._buffer, self._bytes_max = buffer, bytes_max
         self._images = Images(root, catalogue.info.digest, geometry.dtype)
+        self._composed = replace(self._images, folder=COMPOSED)
+        self._composed.clear()
         self._device = _Device(buffer) if buffer.is_cuda else None
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Done] = queue.SimpleQueue()
@@ -160,38 +167,45 @@ class Loader:
             case PrepareJob(digest):
                 report = self._prepare(digest)
                 return Done(job, nbytes=report.device_bytes, report=report)
-            case SizeJob(digest):
-                return Done(job, nbytes=self._size(digest))
+            case SizeJob():
+                return Done(job, nbytes=self._size(job))
             case LoadJob():
                 return Done(job, nbytes=job.nbytes, directory=self._load(job))
             case RemoveJob(digest):
-                self._images.remove(digest)
+                self._images_of(job).remove(digest)
                 return Done(job)
 
+    def _images_of(self, job: SizeJob | LoadJob | RemoveJob) -> Images:
+        return self._composed if job.members else self._images
+
     def _prepare(self, digest: str) -> AdapterReport:
-        folder = version_folder(self._root, digest)
-        try:
-            files = AdapterFiles.read(folder)
-        except AdapterInvalid:
-            # either it came like this, or the disk did it
-            if digest_of(folder) != digest:
-                raise _corrupt() from None
-            raise
-        if files.digest != digest:
-            raise _corrupt()
-        parsed = parse_adapter(files, self._catalogue.info)
+        parsed = parse_adapter(read_version(self._root, digest), self._catalogue.info)
+        return self._compile(parsed, digest, self._images)
+
+    def _compose(self, digest: str, members: Members) -> AdapterReport:
+        # judged before the bytes of any member are read
+        self._require_room(read_composed(self._root, members, self._catalogue.info, data=False))
+        return self._compile(read_composed(self._root, members, self._catalogue.info), digest, self._composed)
+
+    def _require_room(self, parsed: ParsedAdapter) -> None:
+        nbytes = block_bytes(parsed, self._geometry, self._catalogue)
+        if nbytes > self._bytes_max:
+            wanted = f"a block of at most {self._bytes_max} bytes"
+            raise AdapterTooLarge(f"device memory: expected {wanted}, got one of {nbytes}")
+
+    def _compile(self, parsed: ParsedAdapter, digest: str, images: Images) -> AdapterReport:
         try:
             block, report = compile_adapter(parsed, self._catalogue, self._geometry, self._bytes_max)
         except MemoryError:
             raise AdapterTooLarge("host memory: expected room to compile this adapter, got none") from None
-        self._images.write(digest, block)
+        images.write(digest, block)
         return report
 
-    def _size(self, digest: str) -> int:
+    def _size(self, job: SizeJob) -> int:
         try:
-            return self._images.nbytes(digest)
+            return self._images_of(job).nbytes(job.digest)
         except (ImageMissing, AdapterCorrupt) as reason:
-            return self._make_again(digest, reason)
+            return self._make_again(job, reason)
 
     def _load(self, job: LoadJob) -> Directory:
         with self._device.behind(job.ready) if self._device else nullcontext():
@@ -200,12 +214,12 @@ class Loader:
             try:
                 return self._fill(job)
             except (ImageMissing, AdapterCorrupt) as reason:
-                self._make_again(job.digest, reason)
+                self._make_again(job, reason)
                 return self._fill(job)
 
     def _fill(self, job: LoadJob) -> Directory:
         block = self._buffer[job.offset : job.offset + job.nbytes]
-        with self._images.opened(job.digest) as image:
+        with self._images_of(job).opened(job.digest) as image:
             if image.nbytes != job.nbytes:
                 raise AdapterCorrupt("image: expected its length to stay, got another")
             if self._device:
@@ -215,11 +229,13 @@ class Loader:
             image.verify()
         return directory(block)
 
-    def _make_again(self, digest: str, reason: Exception) -> int:
+    def _make_again(self, job: SizeJob | LoadJob, reason: Exception) -> int:
         if isinstance(reason, AdapterCorrupt):
-            log.warning("the image of %.12s is damaged: compiling it again", digest)
+            log.warning("the image of %.12s is damaged: compiling it again", job.digest)
+        if job.members:
+            return self._compose(job.digest, job.members).device_bytes
         try:
-            return self._prepare(digest).device_bytes
+            return self._prepare(job.digest).device_bytes
         except AdapterInvalid as error:
             # it was valid when it was registered, so it was for another backbone
             raise AdapterIncompatible(error.message, error.field) from error
@@ -252,7 +268,3 @@ class _Device:
             block[start : start + part.numel()].copy_(part, non_blocking=True)
             # the pinned bytes are needed again
             self._stream.synchronize()
-
-
-def _corrupt() -> AdapterCorrupt:
-    return AdapterCorrupt("version: expected the bytes that were registered, got others")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from weft.adapters_store.arena import Arena, Move
+from weft.adapters_store.composition import Members
 from weft.adapters_store.errors import AdapterError, AdapterTooLarge
 from weft.adapters_store.loader import Done, Loader, LoadJob, PrepareJob, RemoveJob, SizeJob
 from weft.adapters_store.report import AdapterReport
@@ -25,6 +26,9 @@ from weft.kernels.layout import Directory, Geometry
 # whoever waits asks again at every step; a block or an error that nobody asked for by then is nobody's
 CLAIM_POLLS = 3
 ERROR_S = 1.0
+# callers make up derived versions at will: of those that nobody asks for, as many are kept as a step has requests by
+# default, and no more bytes of images than the arena could hold
+COMPOSED_IDLE_MAX = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +52,13 @@ class PrepareResult:
 class ResidencyStats:
     """Bytes and blocks in the arena now; the others since they were last asked for.
 
-    adapters_bytes:  of all blocks, those being loaded included
+    adapters_bytes:  of all blocks, those being loaded included, but for those of derived versions: composed_bytes
     load_s:          one per load, from its start on the loader to the last byte
     """
 
     adapters_bytes: int
     adapters_resident: int
+    composed_bytes: int
     loads: int
     evictions: int
     hits: int
@@ -71,15 +76,18 @@ class _State(Enum):
 class _Version:
     """What is known of one version.
 
+    members:       of a derived version
     nbytes:        of its block; 0 means unknown
     offset:        of its block in the arena; -1 means that it has none
     directory:     of its block once it has been written
     block:         while RESIDENT
     unclaimed:     polls before which the block is kept for whoever made it load; 0 once it was acquired
+    asked:         the poll at which a derived version was last asked for
     error, until:  why the last load failed, and how long that is news
     """
 
     digest: str
+    members: Members = ()
     state: _State = _State.ABSENT
     nbytes: int = 0
     offset: int = -1
@@ -87,6 +95,7 @@ class _Version:
     block: Block | None = None
     uses: int = 0
     unclaimed: int = 0
+    asked: int = 0
     error: AdapterError | None = None
     until: float = 0.0
 
@@ -112,6 +121,8 @@ class Residency:
         self._versions: dict[str, _Version] = {}
         # residents that nobody uses, the least recently used first
         self._idle: dict[str, _Version] = {}
+        # derived versions, those asked for least recently first
+        self._composed: dict[str, _Version] = {}
         # versions without a name that are still in use or under way
         self._forgotten: set[str] = set()
         self._keys = itertools.count(1)
@@ -127,12 +138,17 @@ class Residency:
         self._forgotten.discard(digest)
         self._loader.submit(PrepareJob(digest))
 
-    def acquire(self, digest: str) -> Lease | None:
+    def acquire(self, digest: str, members: Members = ()) -> Lease | None:
         """A lease, or None while the adapter is being loaded or has to wait for room: ask again at the next step.
 
-        AdapterTooLarge if it can never fit; AdapterCorrupt, AdapterIncompatible, StoreIOError if it cannot be loaded.
+        members:  of a derived version, whose digest it is
+        AdapterTooLarge if it can never fit; AdapterCorrupt, AdapterIncompatible, StoreIOError if it cannot be loaded;
+        AdapterInvalid if members do not go together.
         """
-        version = self._versions.setdefault(digest, _Version(digest))
+        version = self._versions.setdefault(digest, _Version(digest, members))
+        if members:
+            self._composed.pop(digest, None)
+            self._composed[digest], version.asked = version, self._polls
         if version.error is not None and time.monotonic() < version.until:
             raise version.error
         if version.state is _State.ABSENT:
@@ -160,13 +176,16 @@ class Residency:
     def forget(self, digest: str) -> None:
         """The version has no name any more: its block leaves when nobody uses it, and its image is deleted.
 
-        Requests that still hold its digest may acquire it as long as its files are in the store.
+        So does every version derived from it. Requests that still hold its digest may acquire it as long as its files
+        are in the store.
         """
+        derived = [v.digest for v in self._composed.values() if any(member == digest for member, _ in v.members)]
+        self._forgotten.update(derived)
         if digest in self._versions:
             self._forgotten.add(digest)
-            self._drop_forgotten()
         else:
             self._loader.submit(RemoveJob(digest))
+        self._drop_forgotten()
 
     def poll(self) -> list[PrepareResult]:
         """Take in what the loader has done. Call at every step."""
@@ -186,6 +205,7 @@ class Residency:
                 case RemoveJob():
                     # an image that could not be deleted costs disk only, and goes when the store is opened next
                     pass
+        self._forget_composed()
         self._drop_forgotten()
         return prepared
 
@@ -195,8 +215,15 @@ class Residency:
 
     def stats(self) -> ResidencyStats:
         """Figures for one engine step; counters start again."""
+        placed = [version.nbytes for version in self._composed.values() if version.offset >= 0]
         stats = ResidencyStats(
-            self._arena.used_bytes, self._arena.blocks, self._loads, self._evictions, self._hits, tuple(self._load_s)
+            self._arena.used_bytes - sum(placed),
+            self._arena.blocks - len(placed),
+            sum(placed),
+            self._loads,
+            self._evictions,
+            self._hits,
+            tuple(self._load_s),
         )
         self._loads, self._evictions, self._hits, self._load_s = 0, 0, 0, []
         return stats
@@ -210,6 +237,8 @@ class Residency:
         self._arena.check()
         placed = {v.offset: v for v in self._versions.values() if v.offset >= 0}
         assert sum(v.nbytes for v in placed.values()) == self._arena.used_bytes, "a block is nobody's"
+        derived = {v.digest for v in self._versions.values() if v.members}
+        assert derived == set(self._composed), "derived versions are known as such"
         for version in self._versions.values():
             resident = version.state is _State.RESIDENT
             assert (version.block is not None) == resident, "resident means that there is a block"
@@ -222,7 +251,7 @@ class Residency:
     def _bring(self, version: _Version) -> None:
         if not version.nbytes:
             version.state = _State.SIZING
-            self._loader.submit(SizeJob(version.digest))
+            self._loader.submit(SizeJob(version.digest, version.members))
             return
         if version.nbytes > self._arena.nbytes:
             wanted = f"a block of at most {self._arena.nbytes} bytes"
@@ -235,7 +264,8 @@ class Residency:
         buffer = self._arena.buffer
         # whatever still reads the old bytes was launched before this
         ready = torch.cuda.current_stream(buffer.device).record_event() if buffer.is_cuda else None
-        self._loader.submit(LoadJob(version.digest, version.offset, version.nbytes, tuple(moves), ready))
+        moved = tuple(moves)
+        self._loader.submit(LoadJob(version.digest, version.offset, version.nbytes, moved, ready, version.members))
 
     def _make_room(self, nbytes: int) -> tuple[int, list[Move]] | None:
         """Where a block of this size can go now, and which moves make it free; None if it has to wait."""
@@ -297,7 +327,22 @@ class Residency:
             if version.state is _State.ABSENT:
                 self._forgotten.discard(digest)
                 del self._versions[digest]
-                self._loader.submit(RemoveJob(digest))
+                self._composed.pop(digest, None)
+                self._loader.submit(RemoveJob(digest, version.members))
+
+    def _forget_composed(self) -> None:
+        """Forget the derived versions that were asked for least recently, down to what is worth keeping."""
+        known = self._composed.values()
+        if len(known) <= COMPOSED_IDLE_MAX and sum(v.nbytes for v in known) <= self._arena.nbytes:
+            return
+        # who waits for one asks at every step
+        idle = [v for v in known if not v.uses and v.asked + CLAIM_POLLS < self._polls]
+        nbytes = sum(version.nbytes for version in idle)
+        for left, version in zip(range(len(idle), 0, -1), idle, strict=True):
+            if left <= COMPOSED_IDLE_MAX and nbytes <= self._arena.nbytes:
+                return
+            self._forgotten.add(version.digest)
+            nbytes -= version.nbytes
 
     def _prepared(self, digest: str, done: Done) -> None:
         if done.error is None:

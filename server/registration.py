@@ -6,13 +6,14 @@ Knows neither gRPC nor messages; works for uploads and for folders given on the 
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 from weft.adapters_store.catalog import Catalog
+from weft.adapters_store.composition import derive, label_of
 from weft.adapters_store.entry import Entry, check_name
 from weft.adapters_store.errors import (
     AdapterError,
@@ -23,7 +24,7 @@ from weft.adapters_store.errors import (
     AdapterTooLarge,
     quoted,
 )
-from weft.adapters_store.files import CONFIG, WEIGHTS, AdapterFiles, version_folder
+from weft.adapters_store.files import CONFIG, WEIGHTS, AdapterFiles, version_folder, weights_in
 from weft.adapters_store.formats import parse_adapter
 from weft.adapters_store.sites import CatalogueInfo
 from weft.adapters_store.upload import Upload
@@ -53,10 +54,18 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The version that a request runs with, and how much of the context it takes for itself."""
+    """The version that a request runs with.
 
-    digest: Digest
+    digest:          None is the bare backbone
+    members:         what a derived version is made of
+    context_tokens:  of the context that it takes for itself
+    names:           of the members, by what the engine's messages call them
+    """
+
+    digest: Digest | None = None
+    members: tuple[tuple[Digest, float], ...] = ()
     context_tokens: int = 0
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 class Registrar:
@@ -99,13 +108,23 @@ class Registrar:
         """Entries in order of name, from the first behind ``after``."""
         return self._catalog.list(after, limit, method)
 
-    def resolve(self, name: str) -> Chosen:
-        """The version that a request for this name runs with."""
+    def resolve(self, named: Sequence[tuple[str, float]]) -> Chosen:
+        """The version that a request for these names, each with a weight, runs with."""
+        entries = [(self._active(name), weight) for name, weight in named]
+        digest, members = derive((entry.digest, weight) for entry, weight in entries)
+        return Chosen(
+            None if digest is None else Digest(digest),
+            tuple((Digest(member), weight) for member, weight in members),
+            sum(entry.context_tokens for entry, weight in entries if weight != 0),
+            {label_of(entry.digest): quoted(entry.name) for entry, _ in entries},
+        )
+
+    def _active(self, name: str) -> Entry:
         entry = self.get(name)
         active, reason = self.state(entry)
         if not active:
             raise AdapterIncompatible(f"{quoted(name)} does not fit the backbone that is loaded: {reason}", "adapter")
-        return Chosen(Digest(entry.digest), entry.context_tokens)
+        return entry
 
     async def register(self, arrival: Arrival) -> Entry:
         """Bring an adapter in: durable and named when this returns, without a trace when it raises."""
@@ -285,8 +304,8 @@ class Registrar:
 
 
 async def read_folder(name: str, folder: Path, threads: Threads) -> Arrival:
-    """An adapter that lies in a folder of this machine, under the names that peft gives its files."""
-    weights = folder / WEIGHTS
+    """An adapter that lies in a folder of this machine, as peft or AdapterHub saves it."""
+    weights = weights_in(folder)
     try:
         config = await threads.run((folder / CONFIG).read_bytes)
         size = (await threads.run(weights.stat)).st_size

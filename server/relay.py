@@ -8,9 +8,9 @@ merges what was not taken yet.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Protocol
 
 from weft.adapters_store import errors as store
@@ -39,6 +39,7 @@ from weft.server.metrics import Metrics
 
 # the slowest part of a start is known to nobody here; callers are told to come back when the table says
 DOWN = "expected a running engine, got one that is starting again"
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 class EngineLink(Protocol):
@@ -87,10 +88,14 @@ def raised(failure: Failure, message: str, field: str = "") -> Exception:
 
 
 class Ticket:
-    """One request in flight. A context manager: leaving it before the end aborts the request in the engine."""
+    """One request in flight. A context manager: leaving it before the end aborts the request in the engine.
 
-    def __init__(self, relay: "Relay", submit: Submit) -> None:
+    names:  what the caller calls the members of its adapter, by what the engine's messages call them
+    """
+
+    def __init__(self, relay: "Relay", submit: Submit, names: Mapping[str, str]) -> None:
         self.submit = submit
+        self._names = names
         self.waiting = True
         self.ended = False
         self.received = 0
@@ -123,6 +128,12 @@ class Ticket:
         self.received += len(tokens)
         self._finish = finish
         self._changed.set()
+
+    def named(self, message: str) -> str:
+        """What the engine says, in the words of the caller."""
+        for label, name in self._names.items():
+            message = message.replace(label, name)
+        return message
 
     def fail(self, error: Exception) -> None:
         """End the request with an error."""
@@ -187,11 +198,11 @@ class Relay:
         if self.draining:
             raise errors.Draining("expected a serving server, got one that is stopping")
 
-    def submit(self, submit: Submit) -> Ticket:
-        """Queue a request, or say why not."""
+    def submit(self, submit: Submit, names: Mapping[str, str] = NO_NAMES) -> Ticket:
+        """Queue a request, or say why not. ``names`` as for its ticket."""
         self.admit()
         self.engine()
-        ticket = Ticket(self, submit)
+        ticket = Ticket(self, submit, names)
         requests, tokens = self._waiting_requests + 1, self._waiting_tokens + ticket.tokens_max
         if requests > self._limits.requests_max:
             raise errors.Overloaded(f"queue_requests_max is {self._limits.requests_max}, and as many wait")
@@ -202,8 +213,7 @@ class Relay:
                 f"queue_tokens_max leaves {self._limits.tokens_max - self._waiting_tokens}"
             )
         self._tickets[submit.id] = ticket
-        if submit.adapter is not None:
-            self._users[submit.adapter] += 1
+        self._users.update(submit.versions)
         self._count_waiting(1, ticket.tokens_max)
         self._metrics.admitted(len(submit.prompt))
         self._link.send(submit)
@@ -216,8 +226,7 @@ class Relay:
         if not ticket.ended and self.info is not None:
             self._link.send(Abort(ticket.submit.id))
         self._unqueue(ticket)
-        digest = ticket.submit.adapter
-        if digest is not None:
+        for digest in ticket.submit.versions:
             self._users[digest] -= 1
             if not self._users[digest]:
                 del self._users[digest]
@@ -261,8 +270,7 @@ class Relay:
         waiting = [ticket for ticket in self._tickets.values() if ticket.waiting]
         assert len(waiting) == self._waiting_requests
         assert sum(ticket.tokens_max for ticket in waiting) == self._waiting_tokens
-        adapters = (ticket.submit.adapter for ticket in self._tickets.values())
-        assert self._users == Counter(each for each in adapters if each is not None)
+        assert self._users == Counter(digest for t in self._tickets.values() for digest in t.submit.versions)
 
     def engine_ready(self, info: EngineInfo) -> None:
         """An engine serves from now on."""
@@ -332,10 +340,14 @@ class Relay:
         ticket = self._tickets.get(event.id)
         if ticket is None:
             return
-        error = raised(event.failure, event.message)
-        if isinstance(error, store.AdapterInvalid):
-            # the request is not to blame for what its adapter has become
+        if ticket.submit.members:
+            # here the request may well be to blame: it chose them
+            error = raised(event.failure, ticket.named(event.message), "adapters")
+        elif event.failure is Failure.ADAPTER_INVALID:
+            # but not for what its one adapter has become
             error = store.AdapterIncompatible(event.message, "adapter")
+        else:
+            error = raised(event.failure, event.message)
         ticket.ended = True
         ticket.fail(error)
 

@@ -7,12 +7,14 @@ encoded, then what must hold between fields.
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from weft.proto.v1 import adapters_pb2, inference_pb2
 from weft.server.engine.messages import EngineInfo, Sampling
 from weft.server.errors import InvalidRequest, PromptTooLong, TokenizerMissing, UploadTooLarge
 from weft.server.text import Tokenizer
 
+ADAPTERS_MAX = 8
 STOPS_MAX = 16
 STOP_BYTES_MAX = 256
 REQUEST_ID_CHARACTERS_MAX = 128
@@ -29,12 +31,16 @@ PAGE_SIZE_DEFAULT = 100
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What a caller asked for, with defaults filled in; all but the prompt and the number of tokens."""
+    """What a caller asked for, with defaults filled in; all but the prompt and the number of tokens.
+
+    adapters:  names and weights, in order
+    """
 
     request_id: str
     sampling: Sampling
     stops: tuple[str, ...]
     stop_ids: frozenset[int]
+    adapters: tuple[tuple[str, float], ...]
 
 
 def read_wish(request: inference_pb2.GenerateRequest, info: EngineInfo, tokenizer: Tokenizer | None) -> Wish:
@@ -44,6 +50,7 @@ def read_wish(request: inference_pb2.GenerateRequest, info: EngineInfo, tokenize
         sampling=_sampling(request.sampling, info.default_sampling),
         stops=_stops(request.stop, tokenizer),
         stop_ids=frozenset() if request.ignore_eos else frozenset(info.eos_ids),
+        adapters=_adapters(request),
     )
 
 
@@ -94,6 +101,23 @@ def fit_new_tokens(request: inference_pb2.GenerateRequest, prompt_tokens: int, i
 
 def _too_long(got: str, context_tokens: int, field: str) -> PromptTooLong:
     return PromptTooLong(f"prompt must leave room in a context of {context_tokens} tokens, got {got}", field=field)
+
+
+def _adapters(request: inference_pb2.GenerateRequest) -> tuple[tuple[str, float], ...]:
+    if not request.adapters:
+        return ((request.adapter, 1.0),) if request.adapter else ()
+    if request.adapter:
+        raise InvalidRequest("expected adapter or adapters, got both", field="adapters")
+    if len(request.adapters) > ADAPTERS_MAX:
+        text = f"expected at most {ADAPTERS_MAX} adapters, got {len(request.adapters)}"
+        raise InvalidRequest(text, field="adapters")
+    for i, each in enumerate(request.adapters):
+        if not each.name:
+            raise InvalidRequest("expected the name of an adapter, got none", field=f"adapters[{i}].name")
+        if not isfinite(each.weight):
+            text = f"weight must be finite, got {each.weight}"
+            raise InvalidRequest(text, field=f"adapters[{i}].weight")
+    return tuple((each.name, each.weight if each.HasField("weight") else 1.0) for each in request.adapters)
 
 
 def _request_id(text: str) -> str:

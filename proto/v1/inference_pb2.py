@@ -24,41 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dweft/proto/v1/inference.proto\x12\x07weft.v1\"\x99\x02\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12#\n\x06tokens\x18\x03 \x01(\x0b\x32\x11.weft.v1.TokenIdsH\x00\x12%\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x15.weft.v1.ChatMessagesH\x00\x12\x1b\n\x0emax_new_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12)\n\x08sampling\x18\x06 \x01(\x0b\x32\x17.weft.v1.SamplingParams\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x12\n\nrequest_id\x18\t \x01(\tB\x08\n\x06promptB\x11\n\x0f_max_new_tokens\"\x92\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"6\n\x0c\x43hatMessages\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.weft.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"j\n\x0f\x45\x66\x66\x65\x63tiveParams\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"y\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12+\n\teffective\x18\x04 \x01(\x0b\x32\x18.weft.v1.EffectiveParams\"(\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"P\n\x08\x46inished\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.weft.v1.FinishReason\x12\x1d\n\x05usage\x18\x02 \x01(\x0b\x32\x0e.weft.v1.Usage\"\x9c\x01\n\x10GenerateResponse\x12!\n\x07started\x18\x01 \x01(\x0b\x32\x10.weft.v1.Started\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12%\n\x06reason\x18\x04 \x01(\x0e\x32\x15.weft.v1.FinishReason\x12\x1d\n\x05usage\x18\x05 \x01(\x0b\x32\x0e.weft.v1.Usage\"B\n\x15StreamGenerateRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.weft.v1.GenerateRequest\"\x8e\x01\n\x16StreamGenerateResponse\x12#\n\x07started\x18\x01 \x01(\x0b\x32\x10.weft.v1.StartedH\x00\x12\x1f\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0e.weft.v1.DeltaH\x00\x12%\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x11.weft.v1.FinishedH\x00\x42\x07\n\x05\x65vent*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa8\x01\n\x10InferenceService\x12?\n\x08Generate\x12\x18.weft.v1.GenerateRequest\x1a\x19.weft.v1.GenerateResponse\x12S\n\x0eStreamGenerate\x12\x1e.weft.v1.StreamGenerateRequest\x1a\x1f.weft.v1.StreamGenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dweft/proto/v1/inference.proto\x12\x07weft.v1\"\xc5\x02\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12#\n\x06tokens\x18\x03 \x01(\x0b\x32\x11.weft.v1.TokenIdsH\x00\x12%\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x15.weft.v1.ChatMessagesH\x00\x12\x1b\n\x0emax_new_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12)\n\x08sampling\x18\x06 \x01(\x0b\x32\x17.weft.v1.SamplingParams\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x12\n\nignore_eos\x18\x08 \x01(\x08\x12\x12\n\nrequest_id\x18\t \x01(\t\x12*\n\x08\x61\x64\x61pters\x18\n \x03(\x0b\x32\x18.weft.v1.WeightedAdapterB\x08\n\x06promptB\x11\n\x0f_max_new_tokens\"?\n\x0fWeightedAdapter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06weight\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\t\n\x07_weight\"\x92\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x07\n\x05_seed\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"6\n\x0c\x43hatMessages\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.weft.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"j\n\x0f\x45\x66\x66\x65\x63tiveParams\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"y\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12+\n\teffective\x18\x04 \x01(\x0b\x32\x18.weft.v1.EffectiveParams\"(\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"P\n\x08\x46inished\x12%\n\x06reason\x18\x01 \x01(\x0e\x32\x15.weft.v1.FinishReason\x12\x1d\n\x05usage\x18\x02 \x01(\x0b\x32\x0e.weft.v1.Usage\"\x9c\x01\n\x10GenerateResponse\x12!\n\x07started\x18\x01 \x01(\x0b\x32\x10.weft.v1.Started\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12%\n\x06reason\x18\x04 \x01(\x0e\x32\x15.weft.v1.FinishReason\x12\x1d\n\x05usage\x18\x05 \x01(\x0b\x32\x0e.weft.v1.Usage\"B\n\x15StreamGenerateRequest\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.weft.v1.GenerateRequest\"\x8e\x01\n\x16StreamGenerateResponse\x12#\n\x07started\x18\x01 \x01(\x0b\x32\x10.weft.v1.StartedH\x00\x12\x1f\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x0e.weft.v1.DeltaH\x00\x12%\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x11.weft.v1.FinishedH\x00\x42\x07\n\x05\x65vent*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa8\x01\n\x10InferenceService\x12?\n\x08Generate\x12\x18.weft.v1.GenerateRequest\x1a\x19.weft.v1.GenerateResponse\x12S\n\x0eStreamGenerate\x12\x1e.weft.v1.StreamGenerateRequest\x1a\x1f.weft.v1.StreamGenerateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weft.proto.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1388
-  _globals['_FINISHREASON']._serialized_end=1483
+  _globals['_FINISHREASON']._serialized_start=1497
+  _globals['_FINISHREASON']._serialized_end=1592
   _globals['_GENERATEREQUEST']._serialized_start=43
-  _globals['_GENERATEREQUEST']._serialized_end=324
-  _globals['_SAMPLINGPARAMS']._serialized_start=327
-  _globals['_SAMPLINGPARAMS']._serialized_end=473
-  _globals['_TOKENIDS']._serialized_start=475
-  _globals['_TOKENIDS']._serialized_end=498
-  _globals['_CHATMESSAGES']._serialized_start=500
-  _globals['_CHATMESSAGES']._serialized_end=554
-  _globals['_CHATMESSAGE']._serialized_start=556
-  _globals['_CHATMESSAGE']._serialized_end=600
-  _globals['_EFFECTIVEPARAMS']._serialized_start=602
-  _globals['_EFFECTIVEPARAMS']._serialized_end=708
-  _globals['_USAGE']._serialized_start=710
-  _globals['_USAGE']._serialized_end=767
-  _globals['_STARTED']._serialized_start=769
-  _globals['_STARTED']._serialized_end=890
-  _globals['_DELTA']._serialized_start=892
-  _globals['_DELTA']._serialized_end=932
-  _globals['_FINISHED']._serialized_start=934
-  _globals['_FINISHED']._serialized_end=1014
-  _globals['_GENERATERESPONSE']._serialized_start=1017
-  _globals['_GENERATERESPONSE']._serialized_end=1173
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=1175
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=1241
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=1244
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=1386
-  _globals['_INFERENCESERVICE']._serialized_start=1486
-  _globals['_INFERENCESERVICE']._serialized_end=1654
+  _globals['_GENERATEREQUEST']._serialized_end=368
+  _globals['_WEIGHTEDADAPTER']._serialized_start=370
+  _globals['_WEIGHTEDADAPTER']._serialized_end=433
+  _globals['_SAMPLINGPARAMS']._serialized_start=436
+  _globals['_SAMPLINGPARAMS']._serialized_end=582
+  _globals['_TOKENIDS']._serialized_start=584
+  _globals['_TOKENIDS']._serialized_end=607
+  _globals['_CHATMESSAGES']._serialized_start=609
+  _globals['_CHATMESSAGES']._serialized_end=663
+  _globals['_CHATMESSAGE']._serialized_start=665
+  _globals['_CHATMESSAGE']._serialized_end=709
+  _globals['_EFFECTIVEPARAMS']._serialized_start=711
+  _globals['_EFFECTIVEPARAMS']._serialized_end=817
+  _globals['_USAGE']._serialized_start=819
+  _globals['_USAGE']._serialized_end=876
+  _globals['_STARTED']._serialized_start=878
+  _globals['_STARTED']._serialized_end=999
+  _globals['_DELTA']._serialized_start=1001
+  _globals['_DELTA']._serialized_end=1041
+  _globals['_FINISHED']._serialized_start=1043
+  _globals['_FINISHED']._serialized_end=1123
+  _globals['_GENERATERESPONSE']._serialized_start=1126
+  _globals['_GENERATERESPONSE']._serialized_end=1282
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=1284
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=1350
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=1353
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=1495
+  _globals['_INFERENCESERVICE']._serialized_start=1595
+  _globals['_INFERENCESERVICE']._serialized_end=1763
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,7 @@ from weft.client.errors import (
     Unavailable,
     WeftError,
 )
-from weft.client.requests import GenerateOptions, Prompt
+from weft.client.requests import Adapters, GenerateOptions, Prompt
 from weft.client.sync import Client, Stream
 from weft.client.values import (
     Adapter,
@@ -52,6 +52,7 @@ __all__ = [
     "DEFAULT_ADDRESS",
     "Adapter",
     "AdapterState",
+    "Adapters",
     "AlreadyExists",
     "AsyncClient",
     "AsyncStream",

@@ -4,7 +4,7 @@ Everything else is the server's to judge: it knows the limits and the backbone.
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import SupportsIndex, TypedDict
 
 from weft.client.errors import invalid_field
@@ -12,6 +12,8 @@ from weft.client.values import Message
 from weft.proto.v1 import inference_pb2
 
 Prompt = str | Sequence[int] | Sequence[Message]
+# a name, or several in order: by their weights, in pairs with them, or alone where the weight is 1
+Adapters = str | Mapping[str, float] | Sequence[str | tuple[str, float]]
 
 UINT32_MAX = 2**32 - 1
 UINT64_MAX = 2**64 - 1
@@ -20,7 +22,8 @@ UINT64_MAX = 2**64 - 1
 class GenerateOptions(TypedDict, total=False):
     """What may be said about a generation besides the prompt; what is left out takes the server's default.
 
-    adapter         name of a registered adapter; empty runs the bare backbone
+    adapter         name of a registered adapter; empty runs the bare backbone. Several at once, in this order:
+                    ``{"fr-legal": 1.0, "formal": 0.5}``, or a list of names or of (name, weight)
     max_new_tokens  most tokens to generate, >= 1
     temperature     in [0, 100]; 0 is greedy
     top_k           keep only the k most likely tokens; 0 keeps all
@@ -31,7 +34,7 @@ class GenerateOptions(TypedDict, total=False):
     request_id      names the request in the server's logs
     """
 
-    adapter: str
+    adapter: Adapters
     max_new_tokens: int | None
     temperature: float | None
     top_k: int | None
@@ -45,7 +48,7 @@ class GenerateOptions(TypedDict, total=False):
 def generate_request(
     prompt: Prompt,
     *,
-    adapter: str = "",
+    adapter: Adapters = "",
     max_new_tokens: int | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -57,7 +60,8 @@ def generate_request(
 ) -> inference_pb2.GenerateRequest:
     """Build the request; the options are those of ``GenerateOptions``."""
     request = inference_pb2.GenerateRequest(
-        adapter=_text("adapter", adapter),
+        adapter=_text("adapter", adapter) if isinstance(adapter, str) else "",
+        adapters=[] if isinstance(adapter, str) else _weighted(adapter),
         max_new_tokens=_unsigned("max_new_tokens", max_new_tokens, UINT32_MAX),
         sampling=inference_pb2.SamplingParams(
             temperature=None if temperature is None else float(temperature),
@@ -72,6 +76,21 @@ def generate_request(
     )
     _set_prompt(request, prompt)
     return request
+
+
+def _weighted(
+    adapters: Mapping[str, float] | Sequence[str | tuple[str, float]],
+) -> list[inference_pb2.WeightedAdapter]:
+    """One message per adapter, in order; a name alone leaves its weight to the server, which takes 1."""
+    found = []
+    for i, each in enumerate(adapters.items() if isinstance(adapters, Mapping) else adapters):
+        try:
+            name, weight = (each, None) if isinstance(each, str) else (each[0], float(each[1]))
+            found.append(inference_pb2.WeightedAdapter(name=_text(f"adapters[{i}].name", name), weight=weight))
+        except (TypeError, ValueError, AttributeError, IndexError):
+            wanted = f"adapters[{i}] must be a name or a name and a number"
+            raise invalid_field(f"adapters[{i}]", f"{wanted}, got {each!r}") from None
+    return found
 
 
 def _set_prompt(request: inference_pb2.GenerateRequest, prompt: Prompt) -> None:

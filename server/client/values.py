@@ -168,6 +168,7 @@ class Memory:
     adapters_resident: int
     kv_bytes: int
     working_set_bytes: int
+    composed_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

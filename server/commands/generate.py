@@ -5,7 +5,7 @@ import re
 import sys
 import time
 
-from weft.client import Client, Delta, Finished, GenerateOptions, Message, Prompt
+from weft.client import Adapters, Client, Delta, Finished, GenerateOptions, Message, Prompt
 from weft.server.commands import connect
 from weft.server.commands.terminal import Terminal, UsageError
 
@@ -16,7 +16,13 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     """Add the command."""
     text = "generate text, with an adapter or with the bare backbone, and print it as it comes"
     parser = commands.add_parser("generate", help=text, description=text)
-    parser.add_argument("--adapter", default="", metavar="NAME", help="registered adapter (default: the bare backbone)")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME[=WEIGHT]",
+        help="registered adapter (default: the bare backbone); repeated, they act together in this order",
+    )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt (default: standard input, less its last newline)")
     prompt.add_argument("--tokens", metavar="IDS", help="the prompt as token ids, e.g. 1,2,3")
@@ -40,7 +46,7 @@ def run(arguments: argparse.Namespace, terminal: Terminal) -> int:
     """Generate."""
     prompt = _prompt(arguments)
     options = GenerateOptions(
-        adapter=arguments.adapter,
+        adapter=_adapters(arguments.adapter),
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_k=arguments.top_k,
@@ -83,6 +89,22 @@ def _stream(
     took_s = time.monotonic() - began_s
     count = finished.usage.completion_tokens
     terminal.note(f"{count} tokens in {took_s:.2f} s ({count / took_s:.0f} tokens/s), ended by {finished.reason}")
+
+
+def _adapters(said: list[str]) -> Adapters:
+    """One name as it is; several, or one with a weight, in order."""
+    if not said:
+        return ""
+    if len(said) == 1 and "=" not in said[0]:
+        return said[0]
+    found = []
+    for each in said:
+        name, _, weight = each.partition("=")
+        try:
+            found.append((name, float(weight) if "=" in each else 1.0))
+        except ValueError:
+            raise UsageError(f"--adapter must be NAME or NAME=WEIGHT, a number; got {each!r}") from None
+    return found
 
 
 def _prompt(arguments: argparse.Namespace) -> Prompt:

@@ -116,16 +116,17 @@ class InferenceService:
         info = self._relay.engine()
         wish = validation.read_wish(request, info, self._tokenizer)
         prompt = await self._encode(request, info, duration_s)
-        chosen = self._registrar.resolve(request.adapter) if request.adapter else None
-        taken = len(prompt) + (0 if chosen is None else chosen.context_tokens)
+        chosen = self._registrar.resolve(wish.adapters)
+        taken = len(prompt) + chosen.context_tokens
         new_tokens = validation.fit_new_tokens(request, taken, info, self._new_tokens_default)
         submit = Submit(
             id=self._relay.next_id(),
             prompt=prompt,
             max_new_tokens=new_tokens,
             sampling=wish.sampling,
-            adapter=None if chosen is None else chosen.digest,
+            adapter=chosen.digest,
             stop_ids=wish.stop_ids,
+            members=chosen.members,
         )
         started = Started(
             request_id=wish.request_id,
@@ -140,7 +141,7 @@ class InferenceService:
             ),
         )
         logger.debug("request %r is %s to the engine", wish.request_id, submit.id)
-        ticket = self._relay.submit(submit)
+        ticket = self._relay.submit(submit, chosen.names)
         return Job(ticket, Completion(ticket, self._tokenizer, wish.stops, duration_s, expires_s), started)
 
     async def _encode(self, request: GenerateRequest, info: EngineInfo, duration_s: float) -> tuple[int, ...]:

@@ -73,6 +73,7 @@ class ServerService:
             backbone_bytes=stats.backbone_bytes,
             adapters_bytes=stats.adapters_bytes,
             adapters_resident=stats.adapters_resident,
+            composed_bytes=stats.composed_bytes,
             kv_bytes=stats.kv_bytes,
             working_set_bytes=stats.working_set_bytes,
         )

@@ -160,6 +160,7 @@ class Engine:
             backbone_bytes=self.backbone.parameter_bytes,
             adapters_bytes=memory.adapters_bytes,
             adapters_resident=memory.adapters_resident,
+            composed_bytes=memory.composed_bytes,
             working_set_bytes=self.kernels.working_set_bytes,
             adapter_loads=memory.loads,
             adapter_evictions=memory.evictions,

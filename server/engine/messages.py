@@ -47,7 +47,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Run a request. The front has validated it; ``stop_ids`` is empty when end-of-sequence is ignored."""
+    """Run a request. The front has validated it; ``stop_ids`` is empty when end-of-sequence is ignored.
+
+    members:  what ``adapter`` is derived from, versions and their weights in order; empty for a registered version
+    """
 
     id: RequestId
     prompt: tuple[int, ...]
@@ -55,6 +58,14 @@ class Submit:
     sampling: Sampling = Sampling()
     adapter: Digest | None = None
     stop_ids: frozenset[int] = frozenset()
+    members: tuple[tuple[Digest, float], ...] = ()
+
+    @property
+    def versions(self) -> frozenset[Digest]:
+        """The registered versions whose files it needs."""
+        if self.members:
+            return frozenset(digest for digest, _ in self.members)
+        return frozenset() if self.adapter is None else frozenset({self.adapter})
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +191,7 @@ class StepStats:
     adapters_bytes: int
     adapters_resident: int
     working_set_bytes: int
+    composed_bytes: int = 0  # blocks of derived versions, which are not in adapters_bytes
     adapter_loads: int = 0  # since the last step
     adapter_evictions: int = 0  # since the last step
     adapter_hits: int = 0  # since the last step

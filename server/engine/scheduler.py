@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from weft.adapters_store.composition import Members
 from weft.adapters_store.errors import AdapterError
 from weft.adapters_store.residency import Lease
 from weft.adapters_store.traits import traits_of
@@ -65,7 +66,7 @@ class Batch:
 class AdapterSource(Protocol):
     """Where adapters come from: ``Residency``, as far as the scheduler needs it."""
 
-    def acquire(self, digest: str) -> Lease | None: ...
+    def acquire(self, digest: str, members: Members = ()) -> Lease | None: ...
     def release(self, lease: Lease) -> None: ...
 
 
@@ -245,7 +246,7 @@ class Scheduler:
         if digest is None:
             return True
         try:
-            request.lease = self._adapters.acquire(digest)
+            request.lease = self._adapters.acquire(digest, request.submit.members)
         except AdapterError as error:
             request.missed_s = None
             self._retire(request, Failed(request.submit.id, failure_of(error), str(error)))

@@ -35,7 +35,7 @@ class FakeResidency:
     held: list[str] = field(default_factory=list)
     records: dict[str, tuple[Record, ...]] = field(default_factory=dict)
 
-    def acquire(self, digest):
+    def acquire(self, digest, members=()):
         if digest in self.impossible:
             raise AdapterTooLarge("adapter needs 9 bytes, got 1")
         if digest not in self.there:
