@@ -3,9 +3,13 @@
 from collections.abc import Callable, Mapping
 
 from weft.adapters_store.formats import (
+    native_apt,
     native_bitfit,
+    native_bottleneck,
     native_dense,
     native_difffit,
+    native_ipt,
+    native_krona_b,
     native_norm,
     native_rows,
     native_sparse,
@@ -24,5 +28,9 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
         native_rows,
         native_dense,
         native_difffit,
+        native_ipt,
+        native_apt,
+        native_bottleneck,
+        native_krona_b,
     )
 }

@@ -108,12 +108,13 @@ def put(said: Said, parameter: Parameter, value: Value) -> None:
     elif isinstance(parameter.place, EmbeddingInfo):
         said.parts.append(RowOverride(tuple(range(parameter.shape[0])), value))
         if parameter.follows:
-            said.at(parameter.follows, Dense(_lowered(value, f"{parameter.follows}.weight")), "value - base")
+            lowered = _lowered(value, f"{parameter.follows}.weight")
+            said.at(parameter.follows, Dense(lowered, replaces=True), "value - base")
     elif parameter.name == BIAS:
         said.at(module, Bias(value, absolute=True), "bias value - base")
     else:
         stored = turned(value) if parameter.transposed else value
-        said.at(module, Dense(_lowered(stored, parameter.path)), "value - base")
+        said.at(module, Dense(_lowered(stored, parameter.path), replaces=True), "value - base")
 
 
 def turned(value: Value) -> Computed:
