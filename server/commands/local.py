@@ -7,7 +7,7 @@ from weft.server import config
 from weft.server.commands.terminal import Terminal, UsageError
 
 # bench may import the server, never the other way round: named by text, loaded when asked for
-BENCHES = {"decode": "weft.bench.decode"}
+BENCHES = {"decode": "weft.bench.decode", "methods": "weft.bench.methods"}
 
 
 def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -41,6 +41,7 @@ class Recipe:
     config: PeftConfig
     learning_rate_max: float
     steps: int = STEPS
+    batch_size: int = BATCH_SIZE
 
 
 def _lora(rank: int, targets: list[str], *, rslora: bool = False) -> Recipe:
@@ -109,8 +110,8 @@ def train_adapter(adapter: tasks.DemoAdapter, recipe: Recipe, backbone: Path, ou
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(backbone), recipe.config)
-    schedule = Schedule(recipe.steps, BATCH_SIZE, recipe.learning_rate_max)
-    train(model, batches(tokenizer, untagged_examples(adapter.task, seed), BATCH_SIZE), schedule, adapter.name)
+    schedule = Schedule(recipe.steps, recipe.batch_size, recipe.learning_rate_max)
+    train(model, batches(tokenizer, untagged_examples(adapter.task, seed), recipe.batch_size), schedule, adapter.name)
     folder = out_dir / adapter.name
     model.save_pretrained(str(folder))
     tidy(folder)
