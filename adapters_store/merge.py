@@ -56,6 +56,7 @@ def merge(members: Sequence[Member], method: str, dialect: str) -> ParsedAdapter
         dialect,
         {path: site.operators() for path, site in sites.items()},
         copies=tuple(copy for m in members for copy in m.parsed.copies),
+        zeros=tuple(ref for m in members for ref in m.parsed.zeros),
         notes=tuple(f"{m.label}: {note}" for m in members for note in m.parsed.notes),
         weights=members[0].parsed.weights,
         parts=parts.all(),

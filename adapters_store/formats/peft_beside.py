@@ -248,7 +248,7 @@ def _whole(brought: Brought, path: str, found: Mapping[str, Roles], beside: Besi
     else:
         site = catalogue.sites[catalogue.index[path]]
         require_shape(weight, (site.out_features, site.in_features), "a resized vocabulary is not served")
-        brought.operators.setdefault(path, []).append(Dense(_changed(weight, path)))
+        brought.operators.setdefault(path, []).append(Dense(_changed(weight, path), replaces=True))
         if site.has_bias and path == beside.tied:
             raise expected("ensure_weight_tying", "false", "true", "PEFT leaves out the bias of a head that it ties")
     bias = tensors.get(BIAS)
@@ -287,7 +287,7 @@ def _rows(
         why = "PEFT computes the head from these rows alone there"
         raise expected("trainable_token_indices", f"{head} to have no bias and no other change", "some", why)
     index = Computed(rows.name, (len(ids),), _listed(ids), ())
-    brought.operators.setdefault(head, []).append(Rows(index, _changed(rows, head, ids)))
+    brought.operators.setdefault(head, []).append(Rows(index, _changed(rows, head, ids), replaces=True))
 
 
 def _listed(ids: tuple[int, ...]) -> "Callable[..., Tensor]":
