@@ -18,7 +18,7 @@ OK, REFUSED, USAGE, INTERRUPTED = 0, 1, 2, 130
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
     # imported here: a process that `weft serve` spawns imports this module again and must not carry gRPC along
-    from weft.server.commands import adapters, generate, info, local, methods
+    from weft.server.commands import adapters, convert, generate, info, local, methods
     from weft.server.version import VERSION
 
     parser = argparse.ArgumentParser(
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"weft {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     local.add_parsers(commands)
-    for each in (adapters, generate, info, methods):
+    for each in (adapters, generate, info, methods, convert):
         each.add_parser(commands)
     return parser
 
