@@ -5,6 +5,7 @@ indices, of table rows times weights:
 
     shrink    h[row, chunk]   = sum over k of x[row, k] * A^T[k, chunk]           table: chunks of the sections
               t[row, c2, i1]  = sum over i2 of x[row, i1, i2] * w2^T[i2, c2]      (in the same call)
+              h = act(h + inner) where a site has that (``bends``)
     expand    y[row, n]      += sum over r of h[row, r] * B[r, n]                 table: rows of the sections
     mix       y[row, o1, c2] += sum over terms, i1 of w1[o1, i1] * t[row, c2, i1] table: t
 
@@ -24,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from weft.kernels.bends import bends_of
 from weft.kernels.working_set import LANES, WIDTH_MAX, GroupForm, Pool, SiteForm
 
 Ints = npt.NDArray[np.int64]
@@ -171,6 +173,7 @@ class Pattern:
         # h: rows of each row
         hidden = _starts([len(part.shrink_fold) for part in parts])
         self.pick = self._index(_spread([part.pick for part in parts], [at * LANES for at in hidden]))
+        self.bends = tuple(bends_of(forms, hidden, device))
         self._expand, self._of_expand = self._behind([part.expand_index for part in parts])
         self.expand = self._offsets([part.expand for part in parts])
         self._weight, self._of_weight = self._behind([part.weight for part in parts])
@@ -292,7 +295,7 @@ class Plan:
         starts: Ints,
         refill: Callable[[], None] | None = None,
     ) -> None:
-        self._pattern, self._places, self._refill = pattern, places, refill
+        self._pattern, self._places, self._refill, self._pool = pattern, places, refill, pool
         factors = pool.factors[int(starts.min()) // pool.factors.itemsize :]
         self._chunks, self._flat = factors.view(-1, LANES), factors
         self._tables = factors.view(-1, pattern.width)
@@ -300,6 +303,7 @@ class Plan:
         self._rows = Chosen(rows, pool.factors.device)
         self._sigma = self._vector(pattern.sigma, starts, 0)
         self._beta = self._vector(pattern.beta, starts, WIDTH_MAX)
+        self._inner = [bend.places(starts) for bend in pattern.bends]
 
     def _vector(self, rows: Ints | None, starts: Ints, otherwise: int) -> Tensor | None:
         if rows is None:
@@ -335,6 +339,8 @@ class Plan:
         if not (pattern.low_rank or pattern.kron):
             return None
         hidden = fold(bag(self._chunks, places.shrink, pattern.shrink, self._inputs(x)), pattern.shrink_fold)
+        for bend, inner in zip(pattern.bends, self._inner, strict=True):
+            bend.apply(hidden, self._pool, inner)
         delta = None
         if pattern.low_rank:
             picked = hidden.view(-1).index_select(0, pattern.pick)

@@ -1,6 +1,6 @@
 """Sums of Kronecker terms, never materialised: with x as X [i1, i2] and y as Y [o1, o2],
 
-    Y = round(sigma * Y + sum over terms of w1 X w2^T + low-rank pair + beta)
+    Y = round(sigma * Y + sum over terms of w1 X w2^T + low-rank pair, which may be bent, + beta)
 
 One launch for a group of sites. A program makes one tile [o1, o2] of Y for each token of a row tile in turn, all
 on chip: first rows of X w2^T, then their mix by w1. Nothing is written in between, and the parts of w1 and w2 that
@@ -16,17 +16,21 @@ This kernel finishes its sites: it adds their low-rank pairs, scales and biases 
 import triton
 import triton.language as tl
 
+from weft.kernels.functions import bent
 from weft.kernels.layout import (
+    ACT,
     ALIGN,
     B_OFF,
     BETA_OFF,
     HEADER_WORDS,
+    INNER_OFF,
     KRON_COUNT,
     KRON_OFF,
     KRON_WORDS,
     RANK,
     SIGMA_OFF,
     SITE_WORDS,
+    TAP_SHIFT,
     UNIT,
 )
 from weft.kernels.lowrank import plain_dot
@@ -42,6 +46,9 @@ _KRON = tl.constexpr(KRON_OFF)
 _KRONS = tl.constexpr(KRON_COUNT)
 _SIGMA = tl.constexpr(SIGMA_OFF)
 _BETA = tl.constexpr(BETA_OFF)
+_ACT = tl.constexpr(ACT)
+_ACT_MASK = tl.constexpr((1 << TAP_SHIFT) - 1)
+_INNER = tl.constexpr(INNER_OFF)
 
 
 @triton.jit
@@ -152,11 +159,16 @@ def kron_kernel(
             stride_b = (o1 * o2 * ITEM + _UNIT - 1) // _UNIT * (_UNIT // ITEM)
             b_ptr = factors + tl.load(entry + _B).to(tl.int64) * (_UNIT // ITEM)
             h_place = h_ptr + h_row.to(tl.int64) * stride_ht + before
+            act, inner = tl.load(entry + _ACT) & _ACT_MASK, tl.load(entry + _INNER)
             r = 0
             while r < rank:
                 h = tl.load(h_place)
                 for split in tl.static_range(1, SPLITS):
                     h += tl.load(h_place + split * stride_hs)
+                if inner > 0:
+                    h += tl.load(vectors + inner.to(tl.int64) * (_UNIT // 4) + r)
+                if act > 0:
+                    h = bent(h, act)
                 acc += h * tl.load(b_ptr + out, mask=mask, other=0.0).to(tl.float32)
                 b_ptr += stride_b
                 h_place += 1

@@ -1,15 +1,16 @@
-"""Low-rank pairs of a group of sites, with scale and bias: y = sigma * y + (x A^T) B^T + beta, row by row.
+"""Low-rank pairs of a group of sites, with scale and bias: y = sigma * y + act(x A^T + inner) B^T + beta, row by row.
 
 Two launches whatever the mix of adapters and ranks:
 
     shrink   h[split, row, r] = sum over the split's k of x[row, k] * A[r, k]   all ranks of the group's sites
-    expand   y[row, n]        = round(sigma[n] * y[row, n] + sum over r of h[row, r] * B[r, n] + beta[n])
+    expand   y[row, n]        = round(sigma[n] * y[row, n] + sum over r of g[row, r] * B[r, n] + beta[n])
+             g[row, r]        = act(h[row, r] + inner[r])
 
 A *tile* is a run of at most BM rows of one block. Programs find the operators in the block's directory; nothing is
 passed per adapter. The sum over k is made in parts that depend on its length only. Few rows have a program, and a
 plane of h, for every part; where rows are many, one program makes FOLD parts and adds them up. Planes are fp32,
 each written once and added in order: nothing is zeroed beforehand and no sum depends on what else runs. In
-expand h meets B as the sum of two numbers of B's dtype, which keeps it at fp32's precision for the price of a
+expand g meets B as the sum of two numbers of B's dtype, which keeps it at fp32's precision for the price of a
 second product that memory hides.
 
     tiles   int32 [tiles, 4]     block's first byte / ALIGN, first row, row behind, first row in h
@@ -23,7 +24,21 @@ second product that memory hides.
 import triton
 import triton.language as tl
 
-from weft.kernels.layout import ALIGN, B_OFF, BETA_OFF, HEADER_WORDS, KRON_COUNT, RANK, SIGMA_OFF, SITE_WORDS, UNIT
+from weft.kernels.functions import bent
+from weft.kernels.layout import (
+    ACT,
+    ALIGN,
+    B_OFF,
+    BETA_OFF,
+    HEADER_WORDS,
+    INNER_OFF,
+    KRON_COUNT,
+    RANK,
+    SIGMA_OFF,
+    SITE_WORDS,
+    TAP_SHIFT,
+    UNIT,
+)
 
 # what kernels may read of this module has to be constexpr
 _ALIGN = tl.constexpr(ALIGN)
@@ -35,6 +50,9 @@ _B = tl.constexpr(B_OFF)
 _KRONS = tl.constexpr(KRON_COUNT)
 _SIGMA = tl.constexpr(SIGMA_OFF)
 _BETA = tl.constexpr(BETA_OFF)
+_ACT = tl.constexpr(ACT)
+_ACT_MASK = tl.constexpr((1 << TAP_SHIFT) - 1)
+_INNER = tl.constexpr(INNER_OFF)
 _NOWHERE = tl.constexpr(2**31 - 1)
 
 
@@ -143,6 +161,7 @@ def expand_kernel(
     # a site with Kronecker terms is finished by their kernel: every output is rounded once
     if (tl.load(entry + _KRONS) > 0) | (rank + sigma + beta == 0):
         return
+    act, inner = tl.load(entry + _ACT) & _ACT_MASK, tl.load(entry + _INNER)
     m = tl.arange(0, BM)
     n = column + tl.arange(0, BN)
     live, inside = m < stop - row, n < tall
@@ -164,6 +183,10 @@ def expand_kernel(
         b_mask = (r[:, None] < rank) & inside[None, :]
         b = tl.load(b_ptr + (r[:, None] * stride + n[None, :]), mask=b_mask, other=0.0)
         h = hidden_tile(h_tile, m, live, r, rank, stride_hs, stride_ht, SPLITS)
+        if inner > 0:
+            h += tl.load(vectors + inner.to(tl.int64) * (_UNIT // 4) + r, mask=r < rank, other=0.0)[None, :]
+        if act > 0:
+            h = bent(h, act)
         acc = precise_dot(h, b, acc, UPCAST)
         start += BR
     total = y.to(tl.float32)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from weft.kernels.activation import activate
 from weft.kernels.batch import Segment
 from weft.kernels.layout import Geometry, SiteTerms, unpack
 
@@ -29,7 +30,10 @@ def site(y: Tensor, x: Tensor, terms: SiteTerms) -> Tensor:
     if terms.sigma is not None:
         total = total * terms.sigma.double()
     if terms.low_rank is not None:
-        total = total + low_rank(x, *terms.low_rank)
+        a, b = terms.low_rank
+        hidden = x.double() @ a.double().T
+        hidden = hidden if terms.inner is None else hidden + terms.inner.double()
+        total = total + activate(hidden, terms.act) @ b.double().T
     for w1, w2 in terms.krons:
         total = total + kron(x, w1, w2)
     return total if terms.beta is None else total + terms.beta.double()

@@ -55,7 +55,8 @@ def tiles_for(device_name: str, exact: bool, nvidia: bool = True) -> Tiles:
     table = json.loads((path if path.is_file() else TUNED / "default.json").read_text())
     chosen = table["exact" if exact else "half"]
     if not nvidia:
-        del chosen["kron"]["maxnreg"]
+        for options in (*chosen["shrink"].values(), *chosen["expand"].values(), chosen["kron"], chosen["scale"]):
+            options.pop("maxnreg", None)
     # said outright: Triton's default depends on its version
     fused = {"enable_fp_fusion": True}
     return Tiles(

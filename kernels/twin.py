@@ -11,19 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weft.kernels.activation import activate
 from weft.kernels.bags import Chosen, Pattern, Places, Plan
 from weft.kernels.batch import Block, Rows, Segment
 from weft.kernels.dispatch import Kernels
 from weft.kernels.layout import (
     A_OFF,
+    ACT,
     B_OFF,
     BETA_OFF,
+    INNER_OFF,
     KRON_COUNT,
     RANK,
     SIGMA_IN_OFF,
     SIGMA_OFF,
+    TAP_SHIFT,
     Geometry,
-    Views,
 )
 from weft.kernels.working_set import HEAD, GroupForm, Pool, Slot, WorkingSet, fill, forms_of
 
@@ -65,7 +68,6 @@ class TorchKernels(Kernels):
 
     def __init__(self, arena: Tensor, geometry: Geometry, working_set_bytes_max: int) -> None:
         super().__init__(arena, geometry)
-        self._views = Views(arena, geometry.dtype)
         self._set = WorkingSet(geometry, self._views, working_set_bytes_max, arena.device)
         # one section, written anew for every use
         self._scratch: Pool | None = None
@@ -79,6 +81,7 @@ class TorchKernels(Kernels):
         return self._set.misses
 
     def forget(self, key: int) -> None:
+        super().forget(key)
         self._set.forget(key)
 
     def check(self) -> None:
@@ -90,9 +93,8 @@ class TorchKernels(Kernels):
         self._settle(rows)
         return rows
 
-    def apply(self, y: Tensor, x: Tensor, rows: Rows, group: int) -> None:
+    def _apply(self, y: Tensor, x: Tensor, rows: Rows, group: int) -> None:
         assert isinstance(rows, TorchRows)
-        self._check(y, x, rows, group)
         if rows.epoch != self._set.epoch:
             self._settle(rows)
         plans = rows.plans[group]
@@ -229,13 +231,24 @@ class TorchKernels(Kernels):
         left = top = 0
         for site, row in zip(members, words, strict=True):
             right, rank = left + self.geometry.sites[site].out_features, row[RANK]
-            part = hidden[:, top : top + rank] if hidden is not None and rank else None
+            part = None
+            if hidden is not None and rank:
+                part = self._bend_long(hidden[:, top : top + rank], block, row)
             if row[KRON_COUNT] or row[SIGMA_OFF] or row[BETA_OFF]:
                 self._add_long(y[:, left:right], x, part, block, site)
             elif part is not None:
                 b = self._views.matrix(block.offset, row[B_OFF], rank, right - left)
                 _add_product(y[:, left:right], part, b)
             left, top = right, top + rank
+
+    def _bend_long(self, hidden: Tensor, block: Block, row: list[int]) -> Tensor:
+        """act(hidden + inner) of a site with this row of the directory: in fp32, and back to hidden's dtype."""
+        inner = self._views.vector(block.offset, row[INNER_OFF], row[RANK])
+        act = row[ACT] % (1 << TAP_SHIFT)
+        if inner is None and not act:
+            return hidden
+        raised = hidden.float() if inner is None else hidden.float() + inner
+        return activate(raised, act).to(hidden.dtype)
 
     def _add_long(self, y: Tensor, x: Tensor, hidden: Tensor | None, block: Block, site: int) -> None:
         row, tall = block.directory.sites[site].tolist(), y.shape[1]

@@ -4,7 +4,8 @@ An adapter's *section* at a group of sites holds its factors in the geometry's d
 ``torch.embedding_bag``, the weighted sum of rows that ``bags`` is made of. Factors that are contracted with the
 input lie transposed in chunks of LANES columns, [features, LANES] each, so that one row of a chunk is one vector
 register and ranks need no padding beyond that. B lies in chunks of ``width`` columns, [rank, width] each; so do
-sigma and beta, in fp32. width is a power of two that divides every output of the group.
+sigma and beta, in fp32. width is a power of two that divides every output of the group. ``inner`` lies in fp32 in
+chunks of LANES, as the ranks that it is added to.
 
 Sections of all groups make a *slot*. Slots live in one pool; an adapter that joins a batch is written into free
 space, those that no row uses make room, least recently used first. What does not fit is a *miss*.
@@ -14,18 +15,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from weft.kernels.activation import IDENTITY
 from weft.kernels.batch import Block
 from weft.kernels.layout import (
     A_OFF,
+    ACT,
     B_OFF,
     BETA_OFF,
+    INNER_OFF,
     RANK,
     SIGMA_IN_OFF,
     SIGMA_OFF,
+    TAP_SHIFT,
     Directory,
     Geometry,
     Views,
@@ -65,6 +71,7 @@ class SiteForm:
     column:  of its first rank among the ranks of the group
     b:       row of width, in the factors' dtype, where B begins
     sigma, beta:  rows of width in fp32;  ``sigma_in``: row of ``GroupForm.lanes`` in fp32;  -1: absent
+    act:     number of the function between A and B;  ``inner``: whether a vector is added before it
     """
 
     tall: int
@@ -76,6 +83,13 @@ class SiteForm:
     sigma: int
     beta: int
     sigma_in: int
+    act: int
+    inner: bool
+
+    @property
+    def bent(self) -> bool:
+        """Whether anything happens between A and B."""
+        return self.inner or self.act != IDENTITY
 
 
 @dataclass(frozen=True)
@@ -85,6 +99,7 @@ class GroupForm:
     width:   columns in a chunk of B, sigma and beta
     wide:    in_features;  ``lanes``: floats in a row of sigma_in
     ranks:   of all sites together;  ``chunks``: chunks of LANES that they take, from element 0 on
+    inner:   row of LANES in fp32 where the sites' vectors lie as their ranks do, or -1
     nbytes:  of the section, a multiple of SECTION
     """
 
@@ -93,6 +108,7 @@ class GroupForm:
     lanes: int
     ranks: int
     chunks: int
+    inner: int
     sites: tuple[SiteForm, ...]
     nbytes: int
 
@@ -114,18 +130,36 @@ class Slot:
 
 def forms_of(geometry: Geometry, head: Directory) -> tuple[GroupForm, ...]:
     """The form of every group's section for adapters with this directory."""
-    flags = (head.sites[:, (SIGMA_OFF, BETA_OFF, SIGMA_IN_OFF)] != 0).tolist()
+    present = (head.sites[:, (SIGMA_OFF, BETA_OFF, SIGMA_IN_OFF)] != 0).tolist()
+    inner = (head.sites[:, INNER_OFF] != 0).tolist()
+    acts = (head.sites[:, ACT] % (1 << TAP_SHIFT)).tolist()
     ranks = head.sites[:, RANK].tolist()
     forms = []
     for members in geometry.members:
         shapes = tuple(
-            (geometry.sites[s].out_features, ranks[s], tuple(k[2:] for k in head.krons[s]), *flags[s]) for s in members
+            Shape(
+                geometry.sites[s].out_features,
+                ranks[s],
+                tuple(k[2:] for k in head.krons[s]),
+                tuple(present[s]),
+                acts[s] if ranks[s] else IDENTITY,
+                inner[s],
+            )
+            for s in members
         )
         forms.append(_form(geometry.sites[members.start].in_features, shapes, geometry.dtype.itemsize))
     return tuple(forms)
 
 
-Shape = tuple[int, int, tuple[tuple[int, ...], ...], bool, bool, bool]
+class Shape(NamedTuple):
+    """What of a site decides its form; ``present``: whether it has sigma, beta and sigma_in."""
+
+    tall: int
+    rank: int
+    krons: tuple[tuple[int, ...], ...]
+    present: tuple[bool, ...]
+    act: int
+    inner: bool
 
 
 def _power(*lengths: int) -> int:
@@ -134,36 +168,46 @@ def _power(*lengths: int) -> int:
     return min(divisor & -divisor, WIDTH_MAX)
 
 
-@lru_cache(maxsize=4096)
-def _form(wide: int, shapes: tuple[Shape, ...], itemsize: int) -> GroupForm:
-    width, lanes = _power(*(shape[0] for shape in shapes)), _power(wide)
-    ranks = sum(shape[1] for shape in shapes)
-    chunks = -(-ranks // LANES)
-    at, krons = chunks * wide * LANES, []
-    for _, _, terms, *_ in shapes:
+def _krons(shapes: tuple[Shape, ...], at: int) -> tuple[list[tuple[KronForm, ...]], int]:
+    """(the terms of each site, from this element on, the element behind them)."""
+    krons = []
+    for shape in shapes:
         row = []
-        for o1, i1, o2, i2 in terms:
+        for o1, i1, o2, i2 in shape.krons:
             w2, w1 = at // LANES, at + round_up(o2, LANES) * i2
             row.append(KronForm(w1, w2, o1, i1, o2, i2))
             at = round_up(w1 + o1 * i1, LANES)
         krons.append(tuple(row))
+    return krons, at
+
+
+@lru_cache(maxsize=4096)
+def _form(wide: int, shapes: tuple[Shape, ...], itemsize: int) -> GroupForm:
+    width, lanes = _power(*(shape.tall for shape in shapes)), _power(wide)
+    ranks = sum(shape.rank for shape in shapes)
+    chunks = -(-ranks // LANES)
+    krons, at = _krons(shapes, chunks * wide * LANES)
     bs = []
-    for tall, rank, *_ in shapes:
+    for shape in shapes:
         at = round_up(at, width)
         bs.append(at // width)
-        at += rank * round_up(tall, width)
+        at += shape.rank * round_up(shape.tall, width)
     # from here on in floats
     at = round_up(at * itemsize, SECTION) // 4
+    inner = at // LANES if any(shape.inner for shape in shapes) else -1
+    at += chunks * LANES * (inner >= 0)
     column, sites = 0, []
-    for (tall, rank, _, *flags), b, terms_ in zip(shapes, bs, krons, strict=True):
-        places = []
-        for present, length, row_of in zip(flags, (tall, tall, wide), (width, width, lanes), strict=True):
+    for shape, b, terms in zip(shapes, bs, krons, strict=True):
+        tall, places = shape.tall, []
+        for present, length, row_of in zip(shape.present, (tall, tall, wide), (width, width, lanes), strict=True):
             at = round_up(at, row_of)
             places.append(at // row_of if present else -1)
             at += round_up(length, row_of) * present
-        sites.append(SiteForm(tall, -(-tall // width), rank, column, b, terms_, *places))
-        column += rank
-    return GroupForm(width, wide, lanes, ranks, chunks, tuple(sites), round_up(at * 4, SECTION))
+        sigma, beta, sigma_in = places
+        tiles = -(-tall // width)
+        sites.append(SiteForm(tall, tiles, shape.rank, column, b, terms, sigma, beta, sigma_in, shape.act, shape.inner))
+        column += shape.rank
+    return GroupForm(width, wide, lanes, ranks, chunks, inner, tuple(sites), round_up(at * 4, SECTION))
 
 
 class Pool:
@@ -192,11 +236,17 @@ def fill(pool: Pool, start: int, form: GroupForm, views: Views, block: Block, me
         offsets = words[:, A_OFF]
         a = views.matrix(block.offset, int(offsets[offsets > 0].min()), form.ranks, form.wide)
         _chunk(factors, a.T, LANES)
+    if form.inner >= 0:
+        vectors[form.inner * LANES : (form.inner + form.chunks) * LANES] = 0.0
     for row, site, index in zip(words.tolist(), form.sites, members, strict=True):
         if site.rank:
             _chunk(
                 factors[site.b * form.width :], views.matrix(block.offset, row[B_OFF], site.rank, site.tall), form.width
             )
+        inner = views.vector(block.offset, row[INNER_OFF], site.rank)
+        if inner is not None:
+            at = form.inner * LANES + site.column
+            vectors[at : at + site.rank] = inner
         vectors_of_site = (
             (site.sigma, SIGMA_OFF, site.tall, form.width),
             (site.beta, BETA_OFF, site.tall, form.width),
@@ -265,7 +315,7 @@ class WorkingSet:
     def check(self) -> None:
         """Slots lie apart from each other inside the pool."""
         at = HEAD
-        for slot in sorted(self._slots.values(), key=lambda slot: slot.start):
+        for slot in sorted(self._slots.values(), key=lambda slot: (slot.start, slot.nbytes)):
             assert slot.start >= at
             at = slot.start + slot.nbytes
         assert at <= self.pool.nbytes
@@ -294,7 +344,8 @@ class WorkingSet:
 
     def _gap(self, nbytes: int) -> int | None:
         at = HEAD
-        for slot in sorted(self._slots.values(), key=lambda slot: slot.start):
+        # slots without bytes, of adapters that have nothing here, lie at the start of others
+        for slot in sorted(self._slots.values(), key=lambda slot: (slot.start, slot.nbytes)):
             if slot.start - at >= nbytes:
                 return at
             at = slot.start + slot.nbytes

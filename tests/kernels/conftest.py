@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,3 +66,16 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture(autouse=INTERPRETED)
+def steady_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies by BLAS, where a row's sum depends on its place in a tile; on a device it does not."""
+    from triton.runtime import interpreter
+
+    def dot(self, a, b, d, *precision):
+        left, right = (side.data.astype(d.data.dtype) for side in (a, b))
+        product = np.add.reduce(left[:, :, None] * right[None, :, :], axis=1)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weft.kernels import layout
+from weft.kernels import activation, layout
+from weft.kernels.activation import activate
 from weft.kernels.batch import Block, Segment
 from weft.kernels.dispatch import Kernels
 from weft.kernels.layout import ALIGN, Geometry, SiteShape, SiteTerms, unpack
@@ -51,6 +52,7 @@ class Kinds:
     low_rank: bool = True
     kron: bool = True
     vectors: bool = True
+    bends: bool = True
 
 
 def random_terms(shape: SiteShape, kinds: Kinds, dice: random.Random, noise: torch.Generator) -> SiteTerms:
@@ -62,16 +64,19 @@ def random_terms(shape: SiteShape, kinds: Kinds, dice: random.Random, noise: tor
     def vector(length: int) -> Tensor | None:
         return 1 + normal(length) / 10 if kinds.vectors and dice.random() < 0.5 else None
 
-    low_rank, krons = None, []
+    low_rank, krons, inner, act = None, [], None, 0
     if kinds.low_rank and dice.random() < 0.7:
         rank = dice.choice([1, 3, 8, 17, 33])
         low_rank = normal(rank, wide) / wide**0.5, normal(tall, rank) / rank**0.5
+        if kinds.bends:
+            act = dice.choice([0, 0, *range(len(activation.NAMES))])
+            inner = normal(rank) if dice.random() < 0.5 else None
     if kinds.kron and dice.random() < 0.5:
         o1 = dice.choice(divisors(tall))
         for _ in range(dice.choice([1, 2, 3])):
             i1 = dice.choice(divisors(wide))
             krons.append((normal(o1, i1) / i1**0.5, normal(tall // o1, wide // i1) / (wide // i1) ** 0.5))
-    return SiteTerms(low_rank, tuple(krons), vector(tall), vector(tall), vector(wide))
+    return SiteTerms(low_rank, tuple(krons), vector(tall), vector(tall), vector(wide), inner, act)
 
 
 def random_adapter(of: Geometry, seed: int, kinds: Kinds) -> dict[int, SiteTerms]:
@@ -151,7 +156,9 @@ def _plain_site(y: Tensor, x: Tensor, terms: SiteTerms) -> Tensor:
         y = own(y * terms.sigma)
     if terms.low_rank is not None:
         a, b = terms.low_rank
-        y = y + x @ own(a).T @ own(b).T
+        hidden = x @ own(a).T
+        hidden = hidden if terms.inner is None else own(hidden + terms.inner)
+        y = y + activate(hidden, terms.act) @ own(b).T
     for w1, w2 in terms.krons:
         folded = x.reshape(len(x), w1.shape[1], w2.shape[1])
         y = y + (own(w1) @ (folded @ own(w2).T)).reshape(y.shape)

@@ -17,11 +17,13 @@ from tests.kernels.examples import (
     plain_torch,
 )
 from weft.kernels import reference
+from weft.kernels.activation import NAMES, activate
 from weft.kernels.batch import BatchError, Segment
 from weft.kernels.layout import Geometry, SiteShape, SiteTerms
 
 KINDS = {
-    "low-rank": Kinds(kron=False, vectors=False),
+    "low-rank": Kinds(kron=False, vectors=False, bends=False),
+    "bottlenecks": Kinds(kron=False, vectors=False),
     "kron": Kinds(low_rank=False, vectors=False),
     "vectors": Kinds(low_rank=False, kron=False),
     "everything": Kinds(),
@@ -74,6 +76,30 @@ def test_long_sums_match_the_oracle(implementation: Implementation, dtype: torch
     got = applied(implementation.load(loaded), segments, y, x, 0)
     want = reference.apply(y, x, segments, 0, loaded.arena, of)
     assert_no_worse_than_torch(got, plain_torch(y, x, segments, 0, loaded), want)
+
+
+@pytest.mark.parametrize("function", NAMES)
+def test_functions_are_exact_over_their_range(implementation: Implementation, function: str) -> None:
+    """Through maps that change nothing, so that what is seen is the function, also where it is almost flat."""
+    of, eye = Geometry((SiteShape(64, 64),), (1,), torch.float32), torch.eye(64)
+    loaded = Loaded.of(of, [{0: SiteTerms((eye, eye), act=NAMES.index(function))}], implementation.device)
+    x = torch.cat([torch.linspace(-90, 90, 1024), torch.linspace(-1, 1, 1024), torch.logspace(-6, 0, 512)])
+    x = torch.cat([x, -x]).view(-1, 64).to(implementation.device)
+    for mix in ([(1, 0)] * len(x), [(len(x), 0)]):
+        got = applied(implementation.load(loaded), loaded.segments(mix), torch.zeros_like(x), x, 0)
+        want = activate(x.double(), NAMES.index(function))
+        # of the number where functions pass through zero, of one where they cancel far from there
+        scale = torch.where(x.abs() < 1, want.abs(), want.abs().clamp(min=1))
+        assert ((got - want).abs() <= 1e-6 * scale).all()
+
+
+def test_a_function_of_no_number_is_no_number(implementation: Implementation) -> None:
+    of, eye = Geometry((SiteShape(16, 16),), (1,), torch.float32), torch.eye(16)
+    adapters = [{0: SiteTerms((eye, eye), act=code)} for code in range(len(NAMES))]
+    loaded = Loaded.of(of, adapters, implementation.device)
+    segments = loaded.segments([(1, code) for code in range(len(NAMES))])
+    x = torch.full((len(NAMES), 16), torch.nan, device=implementation.device)
+    assert applied(implementation.load(loaded), segments, torch.zeros_like(x), x, 0).isnan().all()
 
 
 @pytest.mark.parametrize("mix", MIXES)
