@@ -26,7 +26,7 @@ METADATA_BYTES_MAX = 64 << 10
 NAME_LENGTH_MAX = 512
 DIMENSIONS_MAX = 4
 ELEMENTS_MAX = 1 << 40
-DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "U8": 1, "I16": 2}
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "U8": 1, "I16": 2, "I8": 1}
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _KEYS = {"dtype", "shape", "data_offsets"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-INTEGERS = ("I32", "I64", "U8", "I16")
+INTEGERS = ("I32", "I64", "U8", "I16", "I8")
 
 
 @dataclass(frozen=True, slots=True)

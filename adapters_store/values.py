@@ -16,6 +16,7 @@ DTYPES = {
     "I64": torch.int64,
     "U8": torch.uint8,
     "I16": torch.int16,
+    "I8": torch.int8,
 }
 LARGE = 1e4
 

@@ -12,6 +12,7 @@ from weft.adapters_store.formats import (
     native_krona_b,
     native_norm,
     native_rows,
+    native_said,
     native_sparse,
 )
 from weft.adapters_store.formats.settings import Settings
@@ -32,5 +33,6 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
         native_apt,
         native_bottleneck,
         native_krona_b,
+        native_said,
     )
 }

@@ -140,7 +140,9 @@ def _add_rows(said: Said, module: str, tensors: Roles, tied: str | None, catalog
     )
     said.parts.append(RowOverride(ids, rows))
     if parameter.follows:
-        said.at(parameter.follows, Rows(ids, _minus_old(ids, rows, parameter)), "follows the input embedding")
+        said.at(
+            parameter.follows, Rows(ids, _minus_old(ids, rows, parameter), replaces=True), "follows the input embedding"
+        )
 
 
 def _minus_old(ids: TensorRef, rows: TensorRef, parameter: Parameter) -> Computed:

@@ -13,7 +13,7 @@ from tests.support.methods.native_files import Config, Content, Draw, Tensors, b
 SPARSE_SHARE = 0.08
 
 
-def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Those that an adapter may change, as the model lists them: one that is tied comes once."""
     places = {linear.path for linear in linears(model, head=True)} | {path for path, _, _ in norms(model)}
     embedding = model.get_input_embeddings()
@@ -22,7 +22,8 @@ def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter
 
 
-def _is_tied(model: PreTrainedModel) -> bool:
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether both embeddings have one weight."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -41,13 +42,13 @@ def _sparse(tied: str | None) -> Content:
     def content(model: PreTrainedModel, draw: Draw) -> tuple[Tensors, dict[str, Any]]:
         tensors: Tensors = {}
         settings: dict[str, Any] = {"density": SPARSE_SHARE}
-        for name, parameter in _parameters(model):
+        for name, parameter in parameters(model):
             index = _drawn_index(draw, parameter.numel())
             tensors[f"{name}.sparse_indices"] = index
             tensors[f"{name}.sparse_values"] = draw(len(index))
             if _is_embedding(model, name):
                 settings["embedding_rows"] = len((index // parameter.shape[1]).unique())
-        if _is_tied(model):
+        if is_tied(model):
             settings["tied"] = tied
         return tensors, settings
 
@@ -58,7 +59,7 @@ def _replaced(model: PreTrainedModel, draw: Draw) -> tuple[Tensors, dict[str, An
     """One tensor of every kind whole, the embedding among them; entries of the rest of the first layer."""
     tensors: Tensors = {}
     shapes: set[tuple[int, ...]] = set()
-    for name, parameter in _parameters(model):
+    for name, parameter in parameters(model):
         embedding = _is_embedding(model, name)
         if embedding or (tuple(parameter.shape) not in shapes and "lm_head" not in name):
             tensors[f"{name}.abs"] = parameter.detach() + draw(*parameter.shape)
@@ -66,7 +67,7 @@ def _replaced(model: PreTrainedModel, draw: Draw) -> tuple[Tensors, dict[str, An
         elif ".0." in name:
             index = _drawn_index(draw, parameter.numel()).long()
             tensors |= {f"{name}.sparse_indices": index, f"{name}.sparse_values": draw(len(index))}
-    return tensors, {"tied": "shared"} if _is_tied(model) else {}
+    return tensors, {"tied": "shared"} if is_tied(model) else {}
 
 
 def _untie(model: PreTrainedModel, config: Config) -> None:
@@ -90,8 +91,8 @@ def change_entries(model: PreTrainedModel, config: Config, tensors: Tensors) -> 
 
 
 def _dense(model: PreTrainedModel, draw: Draw) -> tuple[Tensors, dict[str, Any]]:
-    tensors = {f"{name}.delta": draw(*parameter.shape, scale=0.1) for name, parameter in _parameters(model)}
-    return tensors, {"origin": "full fine-tuning", **({"tied": "shared"} if _is_tied(model) else {})}
+    tensors = {f"{name}.delta": draw(*parameter.shape, scale=0.1) for name, parameter in parameters(model)}
+    return tensors, {"origin": "full fine-tuning", **({"tied": "shared"} if is_tied(model) else {})}
 
 
 def change_whole(model: PreTrainedModel, config: Config, tensors: Tensors) -> None:
