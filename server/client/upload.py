@@ -1,6 +1,7 @@
 """Reads an adapter's folder for upload: checks that it can be sent, hashes it, cuts it into messages.
 
-The folder is what ``save_pretrained`` of peft writes. Whether its contents make sense is the server's to judge.
+The folder is what ``save_pretrained`` of peft or ``save_adapter`` of AdapterHub writes. Whether its contents make sense
+is the server's to judge.
 """
 
 import hashlib
@@ -17,6 +18,8 @@ from weft.proto.v1 import adapters_pb2
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+# as peft calls it, and AdapterHub
+_WEIGHTS_NAMES = (WEIGHTS_NAME, "adapter.safetensors")
 PICKLE_NAMES = ("adapter_model.bin", "pytorch_adapter.bin", "pytorch_model_head.bin")
 CONFIG_BYTES_MAX = 1 << 20
 CHUNK_BYTES = 1 << 20
@@ -70,8 +73,8 @@ def read_folder(name: str, folder: str | PathLike[str], *, replace: bool) -> Upl
     if not root.is_dir():
         got = "a file" if root.exists() else "nothing there"
         raise _invalid(f"expected a folder with {CONFIG_NAME} and {WEIGHTS_NAME} at {root}, got {got}")
-    weights = root / WEIGHTS_NAME
-    if not weights.is_file():
+    weights = next((path for name in _WEIGHTS_NAMES if (path := root / name).is_file()), None)
+    if weights is None:
         raise _invalid(_why_no_weights(root))
     with _opened(root / CONFIG_NAME) as file:
         config = file.read(CONFIG_BYTES_MAX + 1)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weft.adapters_store.catalog import Catalog
+from weft.adapters_store.files import CONFIG, weights_in
 from weft.server.backbone.model import Backbone
 from weft.server.engine.config import EngineConfig
 from weft.server.engine.engine import Engine
@@ -51,8 +52,8 @@ class OfflineEngine:
     def register(self, name: str, folder: Path) -> Digest:
         """Put an adapter folder in the store under a name and compile it. Raises AdapterRefused or AdapterError."""
         with self.catalog.stage() as upload:
-            upload.write_config((folder / "adapter_config.json").read_bytes())
-            with (folder / "adapter_model.safetensors").open("rb") as weights:
+            upload.write_config((folder / CONFIG).read_bytes())
+            with weights_in(folder).open("rb") as weights:
                 while chunk := weights.read(CHUNK_BYTES):
                     upload.write_weights(chunk)
             digest = Digest(upload.finish())

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -65,15 +65,19 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0,
     "attn_implementation": "eager",
 }
+GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "attn_implementation": "eager",
+}
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 BACKBONES: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON, num_hidden_layers=2)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, num_hidden_layers=2, sliding_window=None)),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256, attn_implementation="eager"
-        )
-    ),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, num_hidden_layers=2, head_dim=16)),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(**COMMON, num_hidden_layers=3, head_dim=16, sliding_window=8, layer_types=LAYERS)
@@ -122,9 +126,7 @@ BOTTLENECKS: dict[str, Kind] = {
         lambda: hub.CompacterPlusPlusConfig(reduction_factor=8, shared_phm_rule=False, phm_bias=False), ("llama",)
     ),
     "compacter_factored_rules": Kind(
-        lambda: hub.CompacterConfig(
-            reduction_factor=4, factorized_phm_rule=True, factorized_phm_W=False, scaling=2.0
-        ),
+        lambda: hub.CompacterConfig(reduction_factor=4, factorized_phm_rule=True, factorized_phm_W=False, scaling=2.0),
         ("llama",),
     ),
     "compacter_shared": Kind(
@@ -180,7 +182,7 @@ def backbone(family: str) -> Any:
 def filled(name: str, value: Tensor, scales: bool, random: torch.Generator) -> Tensor:
     """Noise that takes a parameter far from where it was initialised, and logits not far from the usual."""
     drawn = torch.randn(value.shape, generator=random)
-    if scales or name.endswith((".scaling", "norm_before.weight", ".adapter_down.0.weight")) and value.dim() < 2:
+    if scales or (name.endswith((".scaling", "norm_before.weight", ".adapter_down.0.weight")) and value.dim() < 2):
         return 1 + 0.5 * drawn
     if name.endswith(".m.weight"):
         return value * (1 + 0.3 * drawn)
@@ -284,7 +286,7 @@ def make(family: str) -> None:
     """All that there is of one family."""
     folder = OUT / family
     folder.mkdir(parents=True, exist_ok=True)
-    bare: nn.Module = backbone(family)
+    bare = backbone(family)
     weights = {name: tensor.clone() for name, tensor in bare.state_dict().items() if name != "lm_head.weight"}
     if not bare.config.tie_word_embeddings:
         weights["lm_head.weight"] = bare.state_dict()["lm_head.weight"].clone()
