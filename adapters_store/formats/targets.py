@@ -1,7 +1,7 @@
 """Which modules a PEFT config means: ``target_modules`` and the settings around it, resolved exactly as PEFT does."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from weft.adapters_store import patterns
@@ -23,7 +23,11 @@ def target_sites(settings: Settings, catalogue: CatalogueInfo, by_layer: bool = 
     by_layer:  whether the method has ``layers_to_transform`` and ``layers_pattern``
     AdapterInvalid if a target matches nothing, or matches a module that is no site.
     """
-    found = target_modules(settings, catalogue, by_layer)
+    return sites_among(target_modules(settings, catalogue, by_layer), catalogue)
+
+
+def sites_among(found: Collection[str], catalogue: CatalogueInfo) -> tuple[str, ...]:
+    """These modules in site order. AdapterInvalid if one is no site."""
     strangers = [name for name in found if name not in catalogue.index]
     if strangers:
         why = "weft adapts linear modules of the decoder layers and the output embedding, not input embeddings or norms"
