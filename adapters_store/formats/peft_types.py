@@ -2,7 +2,12 @@
 
 from collections.abc import Callable, Mapping
 
-from weft.adapters_store.formats import peft_prefixes, peft_prompts
+from weft.adapters_store.formats import (
+    peft_beft,
+    peft_ln_tuning,
+    peft_prefixes,
+    peft_prompts,
+)
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.operators import ParsedAdapter
 from weft.adapters_store.safetensors_header import Header
@@ -15,4 +20,6 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
     peft_prompts.MULTITASK: peft_prompts.multitask,
     peft_prefixes.PREFIX_TUNING: peft_prefixes.prefix_tuning,
     peft_prefixes.CARTRIDGE: peft_prefixes.cartridge,
+    peft_ln_tuning.METHOD: peft_ln_tuning.parse,
+    peft_beft.METHOD: peft_beft.parse,
 }
