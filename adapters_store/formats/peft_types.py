@@ -7,6 +7,8 @@ from weft.adapters_store.formats import (
     peft_ln_tuning,
     peft_prefixes,
     peft_prompts,
+    peft_shira,
+    peft_supertuning,
 )
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.operators import ParsedAdapter
@@ -22,4 +24,6 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
     peft_prefixes.CARTRIDGE: peft_prefixes.cartridge,
     peft_ln_tuning.METHOD: peft_ln_tuning.parse,
     peft_beft.METHOD: peft_beft.parse,
+    peft_shira.METHOD: peft_shira.parse,
+    peft_supertuning.METHOD: peft_supertuning.parse,
 }
