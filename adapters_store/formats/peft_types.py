@@ -4,7 +4,12 @@ from collections.abc import Callable, Mapping
 
 from weft.adapters_store.formats import (
     peft_beft,
+    peft_delora,
+    peft_gralora,
+    peft_hra,
     peft_ln_tuning,
+    peft_loha,
+    peft_miss,
     peft_prefixes,
     peft_prompts,
     peft_shira,
@@ -26,4 +31,9 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
     peft_beft.METHOD: peft_beft.parse,
     peft_shira.METHOD: peft_shira.parse,
     peft_supertuning.METHOD: peft_supertuning.parse,
+    peft_loha.METHOD: peft_loha.parse,
+    peft_hra.METHOD: peft_hra.parse,
+    peft_delora.METHOD: peft_delora.parse,
+    peft_miss.METHOD: peft_miss.parse,
+    peft_gralora.METHOD: peft_gralora.parse,
 }
