@@ -14,6 +14,9 @@ from weft.adapters_store.formats import (
     peft_prompts,
     peft_shira,
     peft_supertuning,
+    peft_tinylora,
+    peft_unilora,
+    peft_vblora,
 )
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.operators import ParsedAdapter
@@ -36,4 +39,7 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
     peft_delora.METHOD: peft_delora.parse,
     peft_miss.METHOD: peft_miss.parse,
     peft_gralora.METHOD: peft_gralora.parse,
+    peft_vblora.METHOD: peft_vblora.parse,
+    peft_tinylora.METHOD: peft_tinylora.parse,
+    peft_unilora.METHOD: peft_unilora.parse,
 }
