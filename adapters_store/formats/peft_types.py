@@ -12,11 +12,13 @@ from weft.adapters_store.formats import (
     peft_miss,
     peft_prefixes,
     peft_prompts,
+    peft_randlora,
     peft_shira,
     peft_supertuning,
     peft_tinylora,
     peft_unilora,
     peft_vblora,
+    peft_vera,
 )
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.operators import ParsedAdapter
@@ -42,4 +44,7 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
     peft_vblora.METHOD: peft_vblora.parse,
     peft_tinylora.METHOD: peft_tinylora.parse,
     peft_unilora.METHOD: peft_unilora.parse,
+    peft_vera.VERA: peft_vera.vera,
+    peft_vera.PVERA: peft_vera.pvera,
+    peft_randlora.METHOD: peft_randlora.parse,
 }

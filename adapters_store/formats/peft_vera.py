@@ -1,0 +1,92 @@
+"""PEFT ``VERA`` and ``PVERA``: y += λ_b ⊙ (B (λ_d ⊙ (A x))), where all modules share two random matrices.
+
+Tensors: ``base_model.vera_A`` [r, widest in] and ``base_model.vera_B`` [tallest out, r], of which a module uses the
+first columns and rows, and at ``base_model.model.<module>.`` the trained ``vera_lambda_d`` [r] and ``vera_lambda_b``
+[out]. PVeRA's ``pvera_A`` and ``pvera_lambda_d`` have 2r rows, the second half for a variance that is not sampled at
+inference.
+"""
+
+from typing import TYPE_CHECKING
+
+from weft.adapters_store.errors import expected
+from weft.adapters_store.formats.about import Served
+from weft.adapters_store.formats.peft_linears import adapter, read_targets, read_tensors, sizes
+from weft.adapters_store.formats.settings import Settings
+from weft.adapters_store.formats.tensors import Roles, require_shape
+from weft.adapters_store.operators import LowRank, ParsedAdapter, SiteOperators
+from weft.adapters_store.safetensors_header import Header
+from weft.adapters_store.sites import CatalogueInfo, SiteInfo
+from weft.adapters_store.tensor_refs import Computed, TensorRef
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERA, PVERA = "VERA", "PVERA"
+NOT_SAVED = "the random matrices are not in the file then, and other machines may draw others"
+REFUSES = f"save_projection=false: {NOT_SAVED}"
+SERVES = (
+    Served("VeRA", "2310.11454", "low_rank", "PEFT VERA", refuses=REFUSES),
+    Served("PVeRA", "2512.07703", "low_rank", "PEFT PVERA", refuses=f"sample_at_inference; {REFUSES}"),
+)
+
+
+def vera(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
+    """Config and header to operators; values are not looked at."""
+    return _parse(VERA, "VeRA", 1, settings, header, catalogue)
+
+
+def pvera(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
+    """Config and header to operators; values are not looked at."""
+    settings.refuse("sample_at_inference", "an answer that is drawn anew each time is no adapter's")
+    settings.ignore("generator_seed")
+    return _parse(PVERA, "PVeRA", 2, settings, header, catalogue)
+
+
+def _parse(
+    method: str, name: str, halves: int, settings: Settings, header: Header, catalogue: CatalogueInfo
+) -> ParsedAdapter:
+    prefix = method.lower()
+    settings.ignore("projection_prng_key", f"{prefix}_dropout", "d_initial", "init_weights")
+    settings.choice("save_projection", (True,), True, NOT_SAVED)
+    rank = settings.integer("r")
+    targets = read_targets(settings, catalogue, method, name, conv1d=True)
+    settings.finish(method)
+    inner, outer, a, b = (f"{prefix}_{end}" for end in ("lambda_d", "lambda_b", "A", "B"))
+    found = read_tensors(header, catalogue, targets, [inner, outer], shared=[a, b])
+    shared_a, shared_b = found.shared[a], found.shared[b]
+    wide, tall = max(s.in_features for s in targets.sites), max(s.out_features for s in targets.sites)
+    _check_shared(shared_a, halves * rank, wide, 1, "inputs")
+    _check_shared(shared_b, rank, tall, 0, "outputs")
+    sites: dict[str, SiteOperators] = {}
+    for site in targets.sites:
+        tensors = found.by_site[site.path]
+        require_shape(tensors[inner], (halves * rank,), f"r is {rank}")
+        require_shape(tensors[outer], (site.out_features,), sizes(site))
+        sites[site.path] = _operators(tensors, (inner, outer), shared_a, shared_b, site, rank)
+    return adapter(method, targets, found, sites, catalogue)
+
+
+def _check_shared(tensor: TensorRef, rank: int, least: int, axis: int, what: str) -> None:
+    """A matrix with r on one axis, and on the other at least what the largest module needs."""
+    shape = tensor.shape
+    if len(shape) != 2 or shape[1 - axis] != rank or shape[axis] < least:
+        wanted = f"shape [{rank}, {least} or more]" if axis else f"shape [{least} or more, {rank}]"
+        raise expected(tensor.name, wanted, list(shape), f"a module has {least} {what}")
+
+
+def _operators(
+    tensors: Roles, roles: tuple[str, str], a: TensorRef, b: TensorRef, site: SiteInfo, rank: int
+) -> SiteOperators:
+    wide, tall = site.in_features, site.out_features
+    inner, outer = (tensors[role] for role in roles)
+
+    def rows(diagonal: "Tensor", a: "Tensor") -> "Tensor":
+        return diagonal[:rank, None] * a[:rank, :wide]
+
+    def columns(diagonal: "Tensor", b: "Tensor") -> "Tensor":
+        return diagonal[:, None] * b[:tall]
+
+    pair = LowRank(
+        Computed(inner.name, (rank, wide), rows, (inner, a)), Computed(outer.name, (tall, rank), columns, (outer, b))
+    )
+    return SiteOperators((pair,), ("diagonals into a and b",))
