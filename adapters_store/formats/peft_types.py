@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping
 
 from weft.adapters_store.formats import (
     peft_beft,
+    peft_deft,
     peft_delora,
+    peft_glora,
     peft_gralora,
     peft_hra,
     peft_ln_tuning,
@@ -44,6 +46,8 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
     peft_vblora.METHOD: peft_vblora.parse,
     peft_tinylora.METHOD: peft_tinylora.parse,
     peft_unilora.METHOD: peft_unilora.parse,
+    peft_glora.METHOD: peft_glora.parse,
+    peft_deft.METHOD: peft_deft.parse,
     peft_vera.VERA: peft_vera.vera,
     peft_vera.PVERA: peft_vera.pvera,
     peft_randlora.METHOD: peft_randlora.parse,
