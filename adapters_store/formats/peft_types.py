@@ -4,14 +4,19 @@ from collections.abc import Callable, Mapping
 
 from weft.adapters_store.formats import (
     peft_beft,
+    peft_boft,
+    peft_c3a,
     peft_deft,
     peft_delora,
+    peft_fourierft,
     peft_glora,
     peft_gralora,
+    peft_hira,
     peft_hra,
     peft_ln_tuning,
     peft_loha,
     peft_miss,
+    peft_oft,
     peft_prefixes,
     peft_prompts,
     peft_randlora,
@@ -22,6 +27,7 @@ from weft.adapters_store.formats import (
     peft_unilora,
     peft_vblora,
     peft_vera,
+    peft_waveft,
 )
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.operators import ParsedAdapter
@@ -53,4 +59,10 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
     peft_vera.VERA: peft_vera.vera,
     peft_vera.PVERA: peft_vera.pvera,
     peft_randlora.METHOD: peft_randlora.parse,
+    peft_c3a.METHOD: peft_c3a.parse,
+    peft_fourierft.METHOD: peft_fourierft.parse,
+    peft_waveft.METHOD: peft_waveft.parse,
+    peft_oft.METHOD: peft_oft.parse,
+    peft_boft.METHOD: peft_boft.parse,
+    peft_hira.METHOD: peft_hira.parse,
 }
