@@ -94,7 +94,7 @@ def inputs(path: str, family: str) -> Tensor:
 
 
 def difference(folded: Folded, model: torch.nn.Module, family: str) -> tuple[float, float]:
-    """Largest relative error against peft over all sites, norms and the embedding, and smallest change where touched."""
+    """Largest relative error against peft over all sites, norms and the embedding; smallest change where touched."""
     info, touched = sites(family).info, folded.touched()
     paths = [*info.index, *info.norm_index, *([info.embedding.path] if info.embedding is not None else [])]
     error, change = 0.0, float("inf")
