@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from weft.kernels.extras import Kind
 from weft.server.backbone.recording import Call
-from weft.server.backbone.step import active
+from weft.server.backbone.step import Step, active
 
 KINDS = (Kind.EMBED_ROWS, Kind.EMBED_PAIR)
 
@@ -28,10 +28,18 @@ def scale_of(call: Call) -> float | None:
     return None
 
 
+def wanted(step: Step) -> bool:
+    """Whether any row of a step has an embedding of its own."""
+    rows, kernels = step.rows, step.kernels
+    if rows is None or kernels is None:
+        return False
+    return bool(step.soft) or any(kernels.has(rows, kind, 0) for kind in KINDS)
+
+
 def override(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
     """A forward hook: the adapters' rows, and soft prompts, in the place of the embedding's own."""
     step = active()
-    if step.rows is None or step.kernels is None:
-        return
-    if step.soft or any(step.kernels.has(step.rows, kind, 0) for kind in KINDS):
+    if wanted(step):
+        assert step.rows is not None
+        assert step.kernels is not None
         step.kernels.embed(output[0], args[0][0], step.rows, step.soft)

@@ -10,6 +10,7 @@ from weft.adapters_store.sites import CatalogueInfo
 from weft.kernels.layout import Geometry, SiteShape
 from weft.server.backbone import attention, places, sites
 from weft.server.backbone.errors import UnsupportedBackbone
+from weft.server.backbone.hooks import Hooks
 from weft.server.backbone.linears import AdaptedLinear, LinearGroup
 from weft.server.backbone.recording import record
 from weft.server.backbone.selftest import Census, census, difference, paged_logits
@@ -46,10 +47,10 @@ class Backbone:
         found = sites.watch(model, lambda: attends.append(census(model, lambda: self._bare(probe))), PROBE_TOKENS)
         self.kv_shapes = attends[0].shapes
         self.places = places.find(model, calls, watched.numel(), attends[0], found.head)
+        self._hooks = Hooks(model, self.places)
         attention.register()
         model.set_attn_implementation(attention.NAME)
         self.groups = self._adapt(found, probe, reference)
-        places.attach(model, self.places)
         self.info: CatalogueInfo = sites.catalogue(model, self.groups, found.head, identity, self.places)
         self.parameter_bytes = _bytes(model)
         self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
@@ -115,6 +116,7 @@ class Backbone:
         keep:            [kept] int64, rows whose logits are wanted, ascending
         returns:         [kept, vocabulary] in the model's dtype
         """
+        self._hooks.prepare(step)
         with torch.inference_mode(), running(step):
             out = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=keep)
         logits: Tensor = out.logits[0]

@@ -4,7 +4,7 @@ A module counts as a norm if it computes ((x − mean) · rsqrt(var + eps)) · (
 off or not, and sees every token of a pass. What computes anything else is no place for an override.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 from weft.kernels.extras import Kind
 from weft.kernels.norms import Norm, normed
@@ -115,24 +116,29 @@ def _close(got: Any, want: Tensor) -> bool:
     return bool((got.float() - want).abs().max() <= TOLERANCE * want.abs().max())
 
 
-def hook(module: nn.Module, place: NormPlace, index: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    """A forward hook that puts the adapters' norm, number ``index``, in the place of the module's own."""
-    weight, bias = module.weight, getattr(module, "bias", None)
-    assert isinstance(weight, Tensor)
-    form = place.form
-    norm = Norm(weight, bias if isinstance(bias, Tensor) else None, form.eps, form.centred, form.offset)
+class NormHook:
+    """Puts the adapters' norm, number ``index``, in the place of a module's own."""
 
-    def override(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        step = active()
-        if step.rows is None or step.kernels is None or not step.kernels.has(step.rows, Kind.NORM, index):
+    def __init__(self, place: NormPlace, index: int):
+        self._place, self._index = place, index
+
+    def attach(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Register the hook."""
+        module, form = model.get_submodule(self._place.path), self._place.form
+        weight, bias = module.weight, getattr(module, "bias", None)
+        assert isinstance(weight, Tensor)
+        self._norm = Norm(weight, bias if isinstance(bias, Tensor) else None, form.eps, form.centred, form.offset)
+        yield module.register_forward_hook(self._override)
+
+    def _override(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        step, token_dim = active(), self._place.token_dim
+        if step.rows is None or step.kernels is None or not step.kernels.has(step.rows, Kind.NORM, self._index):
             return
-        out = by_token(output, place.token_dim)
+        out = by_token(output, token_dim)
         whole = out.contiguous()
-        step.kernels.override_norm(whole, by_token(args[0], place.token_dim), step.rows, index, norm)
+        step.kernels.override_norm(whole, by_token(args[0], token_dim), step.rows, self._index, self._norm)
         if whole is not out:
             out.copy_(whole)
-
-    return override
 
 
 def by_token(tensor: Tensor, token_dim: int) -> Tensor:

@@ -1,27 +1,21 @@
 """What adapters can change beyond a model's linears: its norms, sublayers' outputs, attention inputs and embedding.
 
 Everything is found by watching one forward pass and proven on its numbers, so any family works, or says honestly that
-it has no such place. The hooks are registered once and do nothing in steps whose adapters have nothing there.
+it has no such place.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from weft.adapters_store.sites import EmbeddingInfo, HiddenInfo, LayerInfo, NormInfo
-from weft.kernels.extras import Kind
 from weft.server.backbone import embedding, norms, sublayers
 from weft.server.backbone.norms import NormPlace
 from weft.server.backbone.recording import Call, rows_of
 from weft.server.backbone.selftest import Census
-from weft.server.backbone.step import active
-from weft.server.backbone.sublayers import Argument, HiddenPlace, Pass, Sublayer
-
-# where a prefix has its gate, among its pieces
-GATE = 2
+from weft.server.backbone.sublayers import Argument, HiddenPlace, Pass
 
 
 @dataclass(frozen=True)
@@ -96,35 +90,6 @@ def _embedding(model: PreTrainedModel, calls: dict[str, Call], head: str | None)
     assert isinstance(weight, Tensor)
     tied = head is not None and model.get_submodule(head).weight is weight
     return EmbeddingInfo(call.path, weight.shape[0], weight.shape[1], head if head is not None and tied else "", scale)
-
-
-def attach(model: nn.Module, places: Places) -> None:
-    """Register all hooks. A norm's own comes before those that read what it makes."""
-    for index, norm in enumerate(places.norms):
-        module = model.get_submodule(norm.path)
-        module.register_forward_hook(norms.hook(module, norm, index))
-    for index, place in enumerate(places.hidden):
-        Sublayer(place, index).attach(model)
-    for layer, argument in enumerate(places.inputs):
-        if argument is not None:
-            module = model.get_submodule(argument.path)
-            module.register_forward_pre_hook(_keeper(layer, argument), with_kwargs=True)
-    if places.embedding is not None:
-        model.get_submodule(places.embedding.path).register_forward_hook(embedding.override)
-
-
-def _keeper(layer: int, argument: Argument) -> sublayers.Given:
-    """A hook that keeps an attention's input in the step while a row's prefix has a gate on it."""
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        step = active()
-        if step.rows is None or step.kernels is None or not step.kernels.has(step.rows, Kind.PREFIX, layer):
-            return
-        if any(carried.pieces[GATE] is not None for carried in step.kernels.carried(step.rows, Kind.PREFIX, layer)):
-            x = argument.of(args, kwargs)
-            step.attention_inputs[layer] = x.reshape(-1, x.shape[-1])
-
-    return keep
 
 
 def probe_tokens(heads: Sequence[int]) -> int:

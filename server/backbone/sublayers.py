@@ -5,18 +5,17 @@ attention's sublayer; the one with x1 + h = x2 ends the other. Layers that do no
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from weft.adapters_store.parts import ATTENTION, MLP, TAPS
 from weft.server.backbone.recording import Call, first_of, rows_of, same
 from weft.server.backbone.step import Step, active
-
-Given = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +147,14 @@ class Sublayer:
         self._x_res: Tensor | None = None
         self._ln_x: Tensor | None = None
 
-    def attach(self, model: nn.Module) -> None:
-        """Register the hooks; they stay for good."""
+    def attach(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Register the hooks."""
         place = self._place
         reader = model.get_submodule(place.residual.path)
-        reader.register_forward_pre_hook(self._note_residual, with_kwargs=True)
+        yield reader.register_forward_pre_hook(self._note_residual, with_kwargs=True)
         if place.norm is not None:
-            model.get_submodule(place.norm).register_forward_hook(self._note_normed)
-        model.get_submodule(place.path).register_forward_hook(self._join)
+            yield model.get_submodule(place.norm).register_forward_hook(self._note_normed)
+        yield model.get_submodule(place.path).register_forward_hook(self._join)
 
     def _touched(self) -> Step | None:
         """The step, if any of its rows has an adapter that acts here."""

@@ -10,8 +10,6 @@ from torch import Tensor
 from weft.kernels.extras import Kind
 from weft.kernels.norms import Norm, normed
 
-ROWS = object()
-
 
 def new_weight(place: int, width: int) -> tuple[Tensor, Tensor]:
     """The weight and bias [width] that norm ``place`` is given, whatever its own are."""
@@ -45,6 +43,8 @@ class Spy:
     touched:  ``norms``, ``hidden``, ``embedding``: what adapters act on
     prefixes: by layer, whether the prefix there has a gate
     asked:    names of the methods that were called
+    softs:    what was handed on as soft prompts
+    rows:     the batch that it knows
     order:    ("norm" or "hidden", place) in the order of the calls that change something
     """
 
@@ -53,6 +53,7 @@ class Spy:
     asked: set[str] = field(default_factory=set)
     order: list[tuple[str, int]] = field(default_factory=list)
     softs: list[Any] = field(default_factory=list)
+    rows: object = field(default_factory=object)
 
     def touches(self, rows: object, group: int) -> bool:
         """No linear has an adapter."""
@@ -64,7 +65,7 @@ class Spy:
 
     def has(self, rows: object, kind: Kind, place: int) -> bool:
         """As ``Kernels.has``."""
-        assert rows is ROWS
+        assert rows is self.rows
         self.asked.add("has")
         if kind is Kind.PREFIX:
             return place in self.prefixes
@@ -79,13 +80,13 @@ class Spy:
 
     def touches_hidden(self, rows: object, place: int) -> bool:
         """As ``Kernels.touches_hidden``."""
-        assert rows is ROWS
+        assert rows is self.rows
         self.asked.add("touches_hidden")
         return "hidden" in self.touched
 
     def override_norm(self, out: Tensor, x: Tensor, rows: object, place: int, norm: Norm) -> None:
         """Change all rows."""
-        assert rows is ROWS
+        assert rows is self.rows
         assert out.dim() == x.dim() == 3
         assert out.is_contiguous()
         self.asked.add("override_norm")
@@ -94,7 +95,7 @@ class Spy:
 
     def hidden(self, h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, rows: object, place: int) -> None:
         """Change all rows."""
-        assert rows is ROWS
+        assert rows is self.rows
         assert x_res is not None
         assert h.dim() == x_res.dim() == 2
         self.asked.add("hidden")
@@ -103,7 +104,7 @@ class Spy:
 
     def embed(self, out: Tensor, ids: Tensor, rows: object, soft: Any) -> None:
         """Change all rows."""
-        assert rows is ROWS
+        assert rows is self.rows
         assert out.shape[:1] == ids.shape
         self.asked.add("embed")
         self.softs.append(soft)

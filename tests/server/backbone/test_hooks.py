@@ -16,7 +16,7 @@ from tests.server.backbone.families import (
     layers_of,
     norms_of,
 )
-from tests.server.backbone.spy import ROWS, Spy, changed_embedding, changed_hidden, new_weight
+from tests.server.backbone.spy import Spy, changed_embedding, changed_hidden, new_weight
 from tests.support.backbones import ALL_FAMILIES, VOCABULARY, build
 from weft.kernels.dispatch import Kernels
 from weft.kernels.norms import Norm
@@ -37,7 +37,7 @@ class Loaded:
         generator = torch.Generator().manual_seed(1)
         self.prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in LENGTHS]
 
-    def step(self, spy: Spy | None, rows: Any = ROWS) -> Step:
+    def step(self, spy: Spy | None, adapted: bool = True) -> Step:
         """Both prompts side by side, with the spy for kernels."""
         slots = torch.arange(1, 1 + sum(LENGTHS))
         spans, start = [], 0
@@ -46,6 +46,7 @@ class Loaded:
             start += length
         kv = PagedKV(self.backbone.kv_shapes, 1 + sum(LENGTHS), torch.float32, torch.device("cpu"))
         kernels: Any = spy
+        rows: Any = spy.rows if spy is not None and adapted else None
         return Step(kv, slots, (), tuple(spans), kernels=kernels, rows=rows)
 
     def logits(self, step: Step) -> Tensor:
@@ -137,15 +138,32 @@ def test_what_changes_at_a_place_is_what_a_plain_model_would_have_changed(loaded
 
 def test_a_step_whose_adapters_have_nothing_there_keeps_every_bit(loaded):
     spy = Spy()
-    base = loaded.logits(loaded.step(None, rows=None))
+    base = loaded.logits(loaded.step(None))
     assert torch.equal(loaded.logits(loaded.step(spy)), base)
     assert spy.asked == {"has", "touches_hidden"}
 
 
 def test_a_step_of_base_rows_asks_nothing(loaded):
     spy = Spy(frozenset(TOUCHED))
-    loaded.logits(loaded.step(spy, rows=None))
+    loaded.logits(loaded.step(spy, adapted=False))
     assert not spy.asked
+
+
+def test_hooks_stand_only_while_a_step_needs_them(loaded):
+    """Steps of other adapters and of base rows pay nothing, whatever ran before."""
+
+    def hooks() -> int:
+        modules = loaded.backbone.model.modules()
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+    base = loaded.logits(loaded.step(None))
+    bare = hooks()
+    loaded.logits(loaded.step(Spy(frozenset(TOUCHED))))
+    assert hooks() > bare
+    loaded.logits(loaded.step(Spy(frozenset({"embedding"}))))
+    assert hooks() == bare + 1
+    assert torch.equal(loaded.logits(loaded.step(None)), base)
+    assert hooks() == bare
 
 
 def test_places_act_in_their_order_and_a_norm_before_what_reads_it(loaded):
