@@ -115,7 +115,6 @@ def _check_roles(found: dict[str, Roles], config: Config) -> None:
     roles += [MAGNITUDE] if config.variant == DORA else []
     roles += [DIAGONAL] if config.variant == KASA else []
     of_embedding = [EMBEDDING_A, EMBEDDING_B] if config.embedding else []
-    of_embedding += [MAGNITUDE] if config.embedding and config.variant == DORA else []
     known = {*roles, *of_embedding}
     known.update(VELORA_ROLES if config.variant == VELORA else ())
     known.update(MONTECLORA_ROLES if config.variant == MONTECLORA else ())
@@ -126,6 +125,8 @@ def _check_roles(found: dict[str, Roles], config: Config) -> None:
     of_linears = {module: tensors for module, tensors in found.items() if module != config.embedding}
     require_exactly(of_linears, config.sites, roles)
     require_exactly(found, [config.embedding] if config.embedding else [], of_embedding)
+    if config.embedding and config.variant == DORA:
+        require_exactly({config.embedding: found[config.embedding]}, [config.embedding], [MAGNITUDE])
 
 
 def _adapted(

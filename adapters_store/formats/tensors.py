@@ -12,12 +12,12 @@ PREFIX = "base_model.model."
 
 # what a name may end in when it belongs to something that weft does not serve
 FOREIGN = {
-    ".lora_magnitude_vector": "DoRA is not served",
-    ".lora_embedding_A": "LoRA of input embeddings is not served",
-    ".lora_embedding_B": "LoRA of input embeddings is not served",
-    ".trainable_tokens_delta": "trainable tokens are not served",
-    ".lora_diag": "KaSA changes the backbone's weights",
-    ".lora_E": "AdaLoRA is not served",
+    ".lora_magnitude_vector": "it is DoRA's",
+    ".lora_embedding_A": "it is that of a LoRA of the input embedding",
+    ".lora_embedding_B": "it is that of a LoRA of the input embedding",
+    ".trainable_tokens_delta": "it is that of trainable tokens beside a LoRA",
+    ".lora_diag": "it is KaSA's",
+    ".lora_E": "it is AdaLoRA's",
     ".lokr_t2": "LoKr of convolutions is not served",
 }
 

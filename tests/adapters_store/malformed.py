@@ -11,9 +11,10 @@ from typing import Any
 
 from tests.adapters_store.files import HIDDEN, KV, Q0, RANK, V1, Files, P, filled, ia3, krona, lokr, lora, noise
 from tests.adapters_store.malformed_bytes import broken_config_bytes, broken_weights
+from tests.adapters_store.malformed_peft import broken_variants
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-REDOS = r"((\w+)\.?)*Z"
+REDOS = r"((\w|\w\w)+\.?)*Z"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,6 @@ class Malformed:
 
 def _settings() -> Iterator[tuple[str, dict[str, Any], str, str]]:
     """Settings on top of a LORA that is right: id, settings, field, words."""
-    base_changing = "changes the backbone's weights"
     yield "r_true", {"r": True}, "r", "expected an integer"
     yield "r_text", {"r": "8"}, "r", 'got "8"'
     yield "r_float", {"r": 4.0}, "r", "got 4.0"
@@ -40,30 +40,17 @@ def _settings() -> Iterator[tuple[str, dict[str, Any], str, str]]:
     yield "alpha_huge", {"lora_alpha": 1e300}, "lora_alpha", "to 1e+09"
     yield "alpha_text", {"lora_alpha": "8"}, "lora_alpha", "expected a number"
     yield "alpha_missing", {"lora_alpha": ...}, "lora_alpha", "got none"
-    yield "dora", {"use_dora": True}, "use_dora", "DoRA is not served"
-    yield "dora_text", {"use_dora": "false"}, "use_dora", 'got "false"'
-    yield "qalora", {"use_qalora": True}, "use_qalora", "QALoRA"
-    yield "bdlora", {"use_bdlora": {"nblocks": 2}}, "use_bdlora", "block-diagonal"
-    yield "kasa", {"kasa_config": {"beta": 1}}, "kasa_config", base_changing
-    yield "arrow", {"arrow_config": {"top_k": 2}}, "arrow_config", "routing"
-    yield "alora", {"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens", "activated LoRA"
-    yield "tokens", {"trainable_token_indices": [1]}, "trainable_token_indices", "trainable tokens"
-    yield "parameters", {"target_parameters": ["experts.up"]}, "target_parameters", "bare parameters"
-    yield "saved_modules", {"modules_to_save": ["lm_head"]}, "modules_to_save", "full copies"
-    yield "replication", {"layer_replication": [[0, 10**6]]}, "layer_replication", "layers"
     yield "megatron", {"megatron_config": {"tp": 2}}, "megatron_config", "megatron"
     yield "megatron_core", {"megatron_core": "os.system"}, "megatron_core", "megatron"
     yield "merged_linears", {"enable_lora": [True, False]}, "enable_lora", "merged linears"
-    for init in ("pissa", "pissa_niter_1000000", "olora", "corda", "loftq", "lora_ga", "something"):
-        yield f"init_{init}", {"init_lora_weights": init}, "init_lora_weights", base_changing
     yield "task_type", {"task_type": "SEQ_CLS"}, "task_type", "CAUSAL_LM"
     yield "unknown_key", {"secret_sauce": 1}, "secret_sauce", "settings of LORA"
     yield "unknown_key_null", {"secret_sauce": None}, "secret_sauce", "settings of LORA"
-    yield "type_missing", {"peft_type": ...}, "peft_type", "one of LORA, LOKR, IA3, X_KRONA, got null"
-    yield "type_unknown", {"peft_type": "ADALORA"}, "peft_type", 'got "ADALORA"'
+    yield "type_missing", {"peft_type": ...}, "peft_type", "one of LORA, "
+    yield "type_unknown", {"peft_type": "LORAX"}, "peft_type", 'got "LORAX"'
     yield "type_lower_case", {"peft_type": "lora"}, "peft_type", "one of LORA"
     yield "type_number", {"peft_type": 7}, "peft_type", "got 7"
-    yield "adapterhub", {"peft_type": ..., "version": "adapters.1.3.0", "config": {}}, "peft_type", "AdapterHub"
+    yield "adapterhub", {"peft_type": ..., "version": "adapters.1.3.0", "config": {}}, "model_type", "a value"
     yield "base_name", {"base_model_name_or_path": 7}, "base_model_name_or_path", "expected text"
     yield "bias_kind", {"bias": "some"}, "bias", "one of none, all, lora_only"
     yield "bias_missing", {"bias": "lora_only", "use_rslora": 1}, "use_rslora", "true or false"
@@ -72,8 +59,12 @@ def _settings() -> Iterator[tuple[str, dict[str, Any], str, str]]:
     yield "targets_number", {"target_modules": [1]}, "target_modules", "a list of names"
     yield "targets_unknown", {"target_modules": ["c_attn"]}, "target_modules", "q_proj"
     yield "targets_one_unknown", {"target_modules": ["q_proj", "v_proj", "zz"]}, "target_modules", "got zz"
-    yield "targets_embedding", {"target_modules": ["q_proj", "embed_tokens"]}, "target_modules", "not input embeddings"
-    yield "targets_container", {"target_modules": ["self_attn"]}, "target_modules", "linear modules only"
+    yield (
+        "targets_container",
+        {"target_modules": ["self_attn"]},
+        "target_modules",
+        "linear modules or the input embedding",
+    )
     yield "targets_bad_regex", {"target_modules": "(("}, "target_modules", "regular expressions"
     yield "targets_no_match", {"target_modules": ".*nothing.*"}, "target_modules", "got .*nothing.*"
     yield "targets_redos", {"target_modules": REDOS}, "target_modules", "within 1 s"
@@ -123,10 +114,10 @@ def _tensors() -> Iterator[tuple[str, Files, str, str]]:
     named = a.replace("lora_A", "lora_A.default")
     yield "adapter_name_inside", lora().renamed(a, named), named, "a name that ends in"
     for ending, shape, words in (
-        ("lora_magnitude_vector", (HIDDEN,), "DoRA"),
-        ("lora_embedding_A", (RANK, 101), "embeddings"),
-        ("token_adapter.trainable_tokens_delta", (2, HIDDEN), "trainable tokens"),
-        ("lora_diag", (RANK,), "KaSA"),
+        ("lora_magnitude_vector", (HIDDEN,), "use_dora is false"),
+        ("lora_embedding_A", (RANK, 101), "names no input embedding"),
+        ("token_adapter.trainable_tokens_delta", (2, HIDDEN), "does not name its module"),
+        ("lora_diag", (RANK,), "kasa_config is null"),
         ("lora_E", (RANK, 1), "AdaLoRA"),
     ):
         yield f"foreign_{ending}", lora().with_tensor(f"{Q0}.{ending}", noise(shape)), f"{Q0}.{ending}", words
@@ -142,13 +133,11 @@ def _tensors() -> Iterator[tuple[str, Files, str, str]]:
     yield "base_bias_of_none", only.with_tensor(absolute, noise((HIDDEN,))), absolute, "a module without one"
     norm_bias = f"{P}model.norm.bias"
     every = lora().configured(bias="all")
-    yield "norm_bias", every.with_tensor(norm_bias, noise((HIDDEN,))), norm_bias, "of a norm, which is not served"
+    yield "norm_bias", every.with_tensor(norm_bias, noise((HIDDEN,))), norm_bias, "a module without one"
     copy = f"{Q0}.base_layer.weight"
     yield "copy_changed", lora().with_tensor(copy, noise((HIDDEN, HIDDEN))), copy, "equal bit for bit"
     resized = f"{P}model.embed_tokens.weight"
     yield "vocabulary_resized", lora().with_tensor(resized, noise((128, HIDDEN))), resized, "resized vocabulary"
-    tying = lora().configured(ensure_weight_tying=True, target_modules=["q_proj", "v_proj", "lm_head"])
-    yield "tied_head", tying, "ensure_weight_tying", "input embeddings"
 
 
 def _others() -> Iterator[tuple[str, Files, str, str]]:
@@ -202,6 +191,8 @@ def _all() -> Iterator[tuple[str, Malformed]]:
         yield f"setting_{name}", Malformed(good.configured(**settings), place, words)
     for name, files, place, words in (*_tensors(), *_others()):
         yield f"tensor_{name}", Malformed(files, place, words)
+    for name, files, place, words in broken_variants():
+        yield name, Malformed(files, place, words)
     for name, raw, place, words in broken_weights(good):
         yield f"bytes_{name}", Malformed(replace(good, weights_bytes=raw), place, words)
     for name, raw, place, words in broken_config_bytes(json.dumps(good.config)):

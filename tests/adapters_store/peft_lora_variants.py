@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from peft import AdaLoraConfig, EvaConfig, LoraConfig, PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import AdaLoraConfig, AdaLoraModel, EvaConfig, LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.lora.variants import QALoraLinearVariant
 
@@ -79,7 +79,7 @@ VARIANTS: Mapping[str, tuple[str, PeftConfig]] = {
 def pool(model: PeftModel, config: LoraConfig) -> None:
     """QA-LoRA on a backbone that is not quantised, which PEFT itself sets up for GPTQ only."""
     for layer in model.modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, Linear):
             layer.lora_variant["default"] = QALoraLinearVariant()
             QALoraLinearVariant.init(layer, "default", config)
 
@@ -87,8 +87,11 @@ def pool(model: PeftModel, config: LoraConfig) -> None:
 def prune(model: PeftModel) -> dict[str, list[bool]]:
     """Cut ranks as the end of AdaLoRA's training does: q_proj keeps 4 of 6, k_proj none, the others all."""
     kept = {"q_proj": [True, False, True, True, False, True], "k_proj": [False] * 6}
-    modules = [name for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoraLayer)]
+    tuner, config = model.base_model, model.peft_config["default"]
+    assert isinstance(tuner, AdaLoraModel)
+    assert isinstance(config, AdaLoraConfig)
+    modules = [name for name, layer in tuner.model.named_modules() if isinstance(layer, LoraLayer)]
     pattern = {f"{name}.lora_E": kept.get(name.rpartition(".")[2], [True] * 6) for name in modules}
-    model.base_model.resize_modules_by_rank_pattern(pattern, "default")
-    model.peft_config["default"].rank_pattern = pattern
+    tuner.resize_modules_by_rank_pattern(pattern, "default")
+    config.rank_pattern = pattern
     return pattern

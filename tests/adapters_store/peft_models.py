@@ -106,7 +106,7 @@ def adapt(family: str, config: PeftConfig, seed: int = 0) -> PeftModel:
         # about biases that merging cannot keep, and fan_in_fan_out that is corrected
         warnings.simplefilter("ignore")
         model = get_peft_model(build(family), copy.deepcopy(config)).eval()
-    if getattr(config, "use_qalora", False) and config.qalora_group_size != NOT_POOLED:
+    if isinstance(config, LoraConfig) and config.use_qalora and config.qalora_group_size != NOT_POOLED:
         pool(model, config)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
