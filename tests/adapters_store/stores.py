@@ -13,6 +13,7 @@ from tests.adapters_store.files import Files, lora
 from tests.adapters_store.peft_models import ModelSites
 from weft.adapters_store.arena import Arena
 from weft.adapters_store.catalog import Catalog
+from weft.adapters_store.composition import Members
 from weft.adapters_store.entry import Entry
 from weft.adapters_store.residency import Lease, PrepareResult, Residency
 
@@ -71,12 +72,12 @@ class Store:
         self.residency.prepare(digest)
         return self._wait(lambda: next((r for r in self.residency.poll() if r.digest == digest), None))
 
-    def acquire(self, digest: str) -> Lease:
+    def acquire(self, digest: str, members: Members = ()) -> Lease:
         """Acquire and wait until it is loaded."""
 
         def attempt() -> Lease | None:
             self.residency.poll()
-            return self.residency.acquire(digest)
+            return self.residency.acquire(digest, members)
 
         return self._wait(attempt)
 

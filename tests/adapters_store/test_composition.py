@@ -64,7 +64,8 @@ def several(family: str, configs: dict[str, PeftConfig], folder: Path, mixed: bo
         # about the corrected fan_in_fan_out, and several adapters at once
         warnings.simplefilter("ignore")
         (first, config), *rest = configs.items()
-        model = get_peft_model(build(family), config, first, mixed=mixed).eval()
+        model: Any = get_peft_model(build(family), config, first, mixed=mixed)
+        model.eval()
         for name, other in rest:
             model.add_adapter(name, other)
         model.base_model.set_adapter(list(configs))
@@ -219,7 +220,7 @@ def test_methods_of_several_kinds_add_up_as_in_pefts_mixed_model(composer, tmp_p
 def test_a_scale_and_a_pair_compute_what_pefts_layers_compute_around_each_other(order, composer, tmp_path):
     """PEFT has no model with both; its layers can be put around each other, the later one outside."""
     scaled = IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])
-    models = {"a": adapt("gpt2", lora_config("gpt2", 3), seed=1), "b": adapt("gpt2", scaled, seed=2)}
+    models: dict[str, Any] = {"a": adapt("gpt2", lora_config("gpt2", 3), seed=1), "b": adapt("gpt2", scaled, seed=2)}
     for name, model in models.items():
         save(model, tmp_path / name)
     inner, outer = (models[name].base_model.model for name in order)
