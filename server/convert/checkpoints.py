@@ -1,7 +1,8 @@
 """A transformers folder of safetensors as a source of tensors: one at a time, so that none but that is in memory."""
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,14 +50,13 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the tensor, without reading it."""
-        return tuple(self._file(name).get_slice(name).get_shape())
+        with self._named(name):
+            return tuple(self._file(name).get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
         """The tensor as it is stored."""
-        try:
+        with self._named(name):
             found: Tensor = self._file(name).get_tensor(name)
-        except SafetensorError as error:
-            raise expected(self._where[name], f"a tensor {quoted(name)}", quoted(str(error))) from None
         return found
 
     def weight(self, name: str) -> Tensor:
@@ -66,6 +66,14 @@ class Checkpoint:
             why = "quantised weights cannot be compared; give the folders in full precision"
             raise expected(f"{self.folder.name}: {name}", "floats", found.dtype, why)
         return found
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """An index may promise what its files do not hold."""
+        try:
+            yield
+        except SafetensorError as error:
+            raise expected(self._where[name], f"a tensor {quoted(name)}", quoted(str(error))) from None
 
     def _file(self, name: str) -> Any:
         file = self._where[name]
