@@ -112,7 +112,7 @@ def _weighted_bottleneck(part: Bottleneck, weight: float) -> Bottleneck:
 def _map(said: Matrix | KronSum, weight: float) -> Matrix | KronSum:
     if isinstance(said, Matrix):
         return Matrix(times(said.weight, weight))
-    return KronSum(tuple((times(w1, weight), w2) for w1, w2 in said.terms))
+    return said.times(lambda w1: times(w1, weight))
 
 
 def _maybe(value: Value | None, weight: float) -> Value | None:

@@ -1,5 +1,6 @@
 """What files say about places that are no linears: norms, sublayers, attention, embeddings. Imports no torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from weft.adapters_store.tensor_refs import Value
@@ -41,15 +42,22 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class KronSum:
-    """x times the sum over terms of kron(w1, w2), transposed: w1 [o1, i1], w2 [o2, i2], one (o1, o2) for all terms."""
+    """x times the sum over terms of kron(w1, w2), transposed: w1 [o1, i1], w2 [o2, i2], one (o1, o2) for all terms.
 
-    terms: tuple[tuple[Value, Value], ...]
+    terms:  (w1, w2), or (w1, left [o2, k], right [k, i2]) where w2 is their product, which is then never written out
+    """
+
+    terms: tuple[tuple[Value, Value] | tuple[Value, Value, Value], ...]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        (o1, i1), (o2, i2) = self.terms[0][0].shape, self.terms[0][1].shape
+        (o1, i1), o2, i2 = self.terms[0][0].shape, self.terms[0][1].shape[0], self.terms[0][-1].shape[1]
         return o1 * o2, i1 * i2
+
+    def times(self, change: Callable[[Value], Value]) -> "KronSum":
+        """With the first factor of every term changed: its multiple makes that of the whole."""
+        return KronSum(tuple((change(t[0]), t[1]) if len(t) == 2 else (change(t[0]), t[1], t[2]) for t in self.terms))
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,14 +188,21 @@ def module_of(part: Bottleneck, info: CatalogueInfo) -> str:
     return f"{info.layers[part.layer].path} {part.after}"
 
 
-def _map(said: Matrix | KronSum | None, dtype: torch.dtype) -> Iterator[PiecePlan]:
+def _map(said: Matrix | KronSum | None, dtype: torch.dtype) -> Iterator[PiecePlan | None]:
+    """One piece of a matrix; three of each term: w1, w2 and none, or w1, the transposed left and the right."""
     if isinstance(said, Matrix):
         yield piece(said.weight, said.shape, dtype)
     elif said is not None:
-        for w1, w2 in said.terms:
-            for factor in (w1, w2):
-                rows, columns = factor.shape
-                yield piece(factor, (rows, columns), dtype)
+        for w1, *w2 in said.terms:
+            (o1, i1), (rows, columns) = w1.shape, w2[0].shape
+            yield piece(w1, (o1, i1), dtype)
+            if len(w2) == 1:
+                yield piece(w2[0], (rows, columns), dtype)
+                yield None
+            else:
+                # both along their long side, for rows are padded
+                yield piece(w2[0], (columns, rows), dtype, lambda t: t.T)
+                yield piece(w2[1], (columns, w2[1].shape[1]), dtype)
 
 
 def _prefix(part: KVPrefix, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:

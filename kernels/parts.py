@@ -59,6 +59,13 @@ def delta(x: Tensor, carried: Carried, tall: int) -> Tensor:
         return product(x.index_select(1, first[0]), second.T)
     if kind is Kind.SPARSE:
         return _sparse(x, first[0], second[0], tall)
+    if kind is Kind.SHARED:
+        a, b = pieces[2], pieces[3]
+        assert a is not None
+        assert b is not None
+        # inner and outer are rows of one
+        hidden = product(x, a[:, : x.shape[1]]).float() * first
+        return product(hidden.to(x.dtype), b[:, :tall].T).float() * second
     assert kind is Kind.GATED, f"{kind.name} is no delta of all outputs"
     gate, bias = pieces[2], pieces[3]
     assert gate is not None
@@ -92,7 +99,7 @@ def bottleneck(h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, carried: Ca
     """What h [rows, d] becomes, in fp32.
 
     options:  tap, function, terms of the two maps (0: a matrix), bits of the norm's epsilon
-    pieces:   norm weight, norm bias, gate weight, gate bias, skip, down bias, up bias, down.., up..
+    pieces:   norm weight, norm bias, gate weight, gate bias, skip, down bias, up bias, down.., up.. (``_mapped``)
     """
     tap, function, down_terms, up_terms, epsilon = carried.record.options
     norm_weight, norm_bias, gate, gate_bias, skip, down_bias, up_bias, *maps = carried.pieces
@@ -102,7 +109,7 @@ def bottleneck(h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, carried: Ca
         assert norm_bias is not None
         eps = float(torch.tensor(epsilon, dtype=torch.int32).view(torch.float32))
         u = F.layer_norm(x.float(), (x.shape[1],), norm_weight[0], norm_bias[0], eps)
-    split = max(1, 2 * down_terms)
+    split = max(1, 3 * down_terms)
     out = _plus(_mapped(u, maps[:split], down_terms), down_bias)
     if maps[split:]:
         out = _plus(_mapped(activate(out, function).to(h.dtype), maps[split:], up_terms), up_bias)
@@ -129,14 +136,22 @@ def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _mapped(x: Tensor, factors: Sequence[Tensor | None], terms: int) -> Tensor:
-    """x [rows, in] through a matrix [out, in], or through a sum of Kronecker products that is never written out."""
-    found = [factor for factor in factors if factor is not None]
+    """x [rows, in] through a matrix [out, in], or through a sum of Kronecker products that is never written out.
+
+    factors:  the matrix, or three of each term: w1, w2 and none, or w1, left [k, o2] and right [k, i2] of w2
+    """
     if not terms:
-        return product(x, found[0])
+        assert factors[0] is not None
+        return product(x, factors[0])
     total: Tensor | None = None
-    for w1, w2 in zip(found[::2], found[1::2], strict=True):
-        folded = x.reshape(-1, w2.shape[1]).float() @ w2.float().T
-        mixed = torch.matmul(w1.float(), folded.view(-1, w1.shape[1], w2.shape[0])).flatten(1)
+    for w1, w2, right in zip(factors[::3], factors[1::3], factors[2::3], strict=True):
+        assert w1 is not None
+        assert w2 is not None
+        last = w2 if right is None else right
+        folded = x.reshape(-1, last.shape[1]).float() @ last.float().T
+        if right is not None:
+            folded = folded @ w2.float()
+        mixed = torch.matmul(w1.float(), folded.view(-1, w1.shape[1], folded.shape[1])).flatten(1)
         total = mixed if total is None else total + mixed
     assert total is not None
     return total

@@ -192,7 +192,7 @@ def _scaled(
     changed = None if bias is None else change(bias)
     if isinstance(up, Matrix):
         return Matrix(change(up.weight)), changed
-    return KronSum(tuple((w1, change(w2)) for w1, w2 in up.terms)), changed
+    return up.times(change), changed
 
 
 def _rows_times(value: Value, scale: TensorRef) -> Computed:

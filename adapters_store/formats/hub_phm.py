@@ -7,17 +7,13 @@ model's ``shared_parameters.<adapter>.``. Neither H nor its layers are ever writ
 Source: ``adapters`` 1.3.0, ``methods/modeling.py``, ``PHMLayer`` and ``init_shared_parameters``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from weft.adapters_store.formats.about import Served
 from weft.adapters_store.formats.hub_common import Context, MemberSettings, Shelf
+from weft.adapters_store.formats.phm_terms import kron_term, turned
 from weft.adapters_store.parts import KronSum
 from weft.adapters_store.tensor_refs import Computed, TensorRef
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SERVES = (
     Served(
@@ -79,13 +75,7 @@ class Phm:
             self.settings.refuse_value("phm_dim", f"a divisor of {wide} and {tall}", n, f"the map {which} of {module}")
         rule = self._rule(module, place)
         weights = self._weights(module, place, which, wide // n, tall // n)
-        terms = tuple(
-            (
-                Computed(rule[0].name, (n, n), _term(i), rule),
-                Computed(weights[0].name, (tall // n, wide // n), _term(i), weights),
-            )
-            for i in range(n)
-        )
+        terms = tuple(kron_term(Computed(rule[0].name, (n, n), turned(i), rule), weights, i) for i in range(n))
         bias = self.shelf.take(module, KIND, f"{place}.b", (tall,)) if self.bias else None
         return KronSum(terms), bias
 
@@ -113,12 +103,3 @@ class Phm:
         if found.shape != shape:
             self.settings.refuse_value("shared_W_phm", "one reduction_factor for all layers", True, f"{role} is shared")
         return found
-
-
-def _term(i: int) -> "Callable[..., Tensor]":
-    """Term i, transposed: of a tensor, or of the products of two."""
-
-    def transposed(left: "Tensor", right: "Tensor | None" = None) -> "Tensor":
-        return (left[i] if right is None else left[i] @ right[i]).T
-
-    return transposed

@@ -8,14 +8,13 @@ the place of its weight ``down.phm.rule`` S [n, n, n], ``left`` L [n, in/n, k] a
 input), ``act``, ``scale``, ``gate_scope``, and those of ``native_common``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from weft.adapters_store.errors import expected, quoted
 from weft.adapters_store.formats.about import Served
 from weft.adapters_store.formats.native_common import DIALECT, only_one_of, read_common, times
 from weft.adapters_store.formats.native_places import by_place, read_tap, require_tap
+from weft.adapters_store.formats.phm_terms import kron_term, turned
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.formats.tensors import Roles, missing_tensor, require_shape
 from weft.adapters_store.operators import ParsedAdapter
@@ -23,9 +22,6 @@ from weft.adapters_store.parts import Bottleneck, Gate, KronSum, Matrix
 from weft.adapters_store.safetensors_header import Header
 from weft.adapters_store.sites import CatalogueInfo, HiddenInfo
 from weft.adapters_store.tensor_refs import Computed, TensorRef
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 METHOD = "X_BOTTLENECK"
 
@@ -93,7 +89,7 @@ def _part(config: _Config, name: str, place: HiddenInfo, tensors: Roles) -> Bott
     if isinstance(up, Matrix):
         up = Matrix(times(up.weight, config.scale))
     else:
-        up = KronSum(tuple((times(w1, config.scale), w2) for w1, w2 in up.terms))
+        up = up.times(lambda w1: times(w1, config.scale))
     return Bottleneck(
         place.layer,
         place.after,
@@ -145,23 +141,8 @@ def _phm(name: str, which: str, tensors: Roles, wide: int, tall: int | None) -> 
     narrow = right.shape[2] if tall is None else tall // n
     require_shape(left, (n, wide // n, rank), f"{n} terms, {wide} features")
     require_shape(right, (n, rank, narrow), f"{n} terms, {narrow * n} features, rank {rank} as {roles[1]} has")
-    terms = (
-        (
-            Computed(rule.name, (n, n), _turned(i), (rule,)),
-            Computed(left.name, (narrow, wide // n), _turned(i), (left, right)),
-        )
-        for i in range(n)
-    )
-    return KronSum(tuple(terms))
-
-
-def _turned(i: int) -> "Callable[..., Tensor]":
-    """Term i of a tensor or of the products of two, the other way round: x H is x times the transposed of Hᵀ."""
-
-    def formula(left: "Tensor", *right: "Tensor") -> "Tensor":
-        return (left[i] @ right[0][i] if right else left[i]).T
-
-    return formula
+    rules = [Computed(rule.name, (n, n), turned(i), (rule,)) for i in range(n)]
+    return KronSum(tuple(kron_term(rules[i], (left, right), i) for i in range(n)))
 
 
 def _bias(tensors: Roles, which: str, length: int) -> TensorRef | None:

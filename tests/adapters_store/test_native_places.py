@@ -19,23 +19,25 @@ BEHIND = [name for name in CASES if name.startswith(("bottleneck", "krona"))]
 TOKENS = 7
 
 
-def present(tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
-    """Without those that are absent, in fp64."""
-    return [tensor.double() for tensor in tensors if tensor is not None]
-
-
-def mapped(x: Tensor, factors: list[Tensor], terms: int) -> Tensor:
+def mapped(x: Tensor, factors: tuple[Tensor | None, ...], terms: int) -> Tensor:
     """x through a matrix [out, in], or the sum of Kronecker products written out."""
+    found = [None if factor is None else factor.double() for factor in factors]
     if not terms:
-        return x @ factors[0].T
-    return x @ torch.stack([torch.kron(a, b) for a, b in zip(factors[::2], factors[1::2], strict=True)]).sum(dim=0).T
+        assert found[0] is not None
+        return x @ found[0].T
+    whole = torch.zeros((), dtype=torch.float64)
+    for w1, w2, right in zip(found[::3], found[1::3], found[2::3], strict=True):
+        assert w1 is not None
+        assert w2 is not None
+        whole = whole + torch.kron(w1, w2 if right is None else w2.T @ right)
+    return x @ whole.T
 
 
 def as_recorded(record: Extra, h: Tensor, x_res: Tensor, ln_x: Tensor) -> Tensor:
     """The formula of ``parts.Bottleneck`` from a record's pieces."""
     tap, act, down_terms, up_terms, epsilon = record.options
     norm_weight, norm_bias, gate, gate_bias, skip, down_bias, up_bias = record.tensors[:7]
-    maps, split = present(record.tensors[7:]), max(1, 2 * down_terms)
+    maps, split = record.tensors[7:], max(1, 3 * down_terms)
     x = tapped(TAPS[tap], h, x_res, ln_x).double()
     u = x
     if norm_weight is not None and norm_bias is not None:
@@ -109,11 +111,14 @@ def test_two_matrices_and_a_function_take_no_record(tmp_path):
 
 
 def test_a_map_of_kronecker_products_is_not_written_out(tmp_path):
-    block = compiled("llama", CASES["bottleneck_compacter"].make("llama", tmp_path, 0))
-    record = block.of(Kind.BOTTLENECK, 0)
-    assert record is not None
-    shapes = [tuple(t.shape) for t in record.tensors[7:] if t is not None]
-    assert shapes == [(4, 4), (2, 8)] * 4 + [(4, 4), (8, 2)] * 4
+    shapes = []
+    for name in ("bottleneck_compacter", "bottleneck_gated_compacter"):
+        record = compiled("llama", CASES[name].make("llama", tmp_path / name, 0)).of(Kind.BOTTLENECK, 0)
+        assert record is not None
+        shapes.append([None if tensor is None else tuple(tensor.shape) for tensor in record.tensors[7:]])
+    # factors of rank 1 stay two; of rank 2 their product is no larger
+    assert shapes[0] == [(4, 4), (1, 2), (1, 8)] * 4 + [(4, 4), (1, 8), (1, 2)] * 4
+    assert shapes[1] == [(4, 4), (2, 8), None] * 4 + [(4, 4), (8, 2), None] * 4
 
 
 @pytest.mark.parametrize("family", ALL)
