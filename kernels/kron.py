@@ -4,8 +4,8 @@
 
 One launch for a group of sites. A program makes one tile [o1, o2] of Y for each token of a row tile in turn, all
 on chip: first rows of X w2^T, then their mix by w1. Nothing is written in between, and the parts of w1 and w2 that
-a program reads stay in its cache from token to token, also where the factors are far from square (8 x 8 with
-512 x 512). The mix meets X w2^T at fp32's precision, as expand meets h (``lowrank``).
+a program reads stay in its cache from token to token. Sites with factors far from square (8 x 8 with 512 x 512) go
+another way (``kron_ways``). The mix meets X w2^T at fp32's precision, as expand meets h (``lowrank``).
 
 This kernel finishes its sites: it adds their low-rank pairs, scales and biases as well, and rounds once.
 """
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from weft.kernels.functions import bent
+from weft.kernels.kron_ways import staged
 from weft.kernels.layout import (
     ACT,
     ALIGN,
@@ -105,6 +106,46 @@ def kron_term(
 
 
 @triton.jit
+def finish(
+    acc, y_place, mask, out, tall, h_place, live, factors, vectors, group, member, stride_hs,
+    SPLITS: tl.constexpr, SITES_CEIL: tl.constexpr, ITEM: tl.constexpr,
+):  # fmt: skip
+    """Store round(sigma * y + acc + the site's low-rank pair + beta) at ``y_place``.
+
+    out:      each lane's column of the site, of which there are ``tall``
+    h_place:  its token's row of h, where ``live``
+    """
+    entry = group + member * _SITE
+    y = tl.load(y_place, mask=mask, other=0.0).to(tl.float32)
+    sigma, beta, rank = tl.load(entry + _SIGMA), tl.load(entry + _BETA), tl.load(entry + _RANK)
+    if sigma > 0:
+        y *= tl.load(vectors + sigma.to(tl.int64) * (_UNIT // 4) + out, mask=mask, other=1.0)
+    acc += y
+    if rank > 0:
+        s = tl.arange(0, SITES_CEIL)
+        h_place += tl.sum(tl.load(group + s * _SITE + _RANK, mask=s < member, other=0), axis=0)
+        stride_b = (tall * ITEM + _UNIT - 1) // _UNIT * (_UNIT // ITEM)
+        b_ptr = factors + tl.load(entry + _B).to(tl.int64) * (_UNIT // ITEM)
+        act, inner = tl.load(entry + _ACT) & _ACT_MASK, tl.load(entry + _INNER)
+        r = 0
+        while r < rank:
+            h = tl.load(h_place, mask=live, other=0.0)
+            for split in tl.static_range(1, SPLITS):
+                h += tl.load(h_place + split * stride_hs, mask=live, other=0.0)
+            if inner > 0:
+                h += tl.load(vectors + inner.to(tl.int64) * (_UNIT // 4) + r)
+            if act > 0:
+                h = bent(h, act)
+            acc += h * tl.load(b_ptr + out, mask=mask, other=0.0).to(tl.float32)
+            b_ptr += stride_b
+            h_place += 1
+            r += 1
+    if beta > 0:
+        acc += tl.load(vectors + beta.to(tl.int64) * (_UNIT // 4) + out, mask=mask, other=0.0)
+    tl.store(y_place, acc.to(y_place.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def kron_kernel(
     y_ptr, x_ptr, h_ptr, factors_ptr, vectors_ptr, words_ptr, tiles_ptr, columns_ptr,
     site, stride_yt, stride_xt, stride_hs, stride_ht,
@@ -122,6 +163,8 @@ def kron_kernel(
     if count == 0:
         return
     terms = head + tl.load(entry + _KRON).to(tl.int64) * (_UNIT // 4)
+    if staged(terms, count, BM, BK):
+        return
     # all terms of a site have one (o1, o2)
     o1, o2 = tl.load(terms + 2), tl.load(terms + 4)
     if EVEN:
@@ -145,36 +188,10 @@ def kron_kernel(
                 x_ptr + row.to(tl.int64) * stride_xt, factors, term, o, n, o1, o2, acc, EVEN, ITEM, UPCAST, BM, BN, BK
             )
             t += 1
-        y_place = y_ptr + row.to(tl.int64) * stride_yt + tl.load(columns_ptr + member) + out
-        y = tl.load(y_place, mask=mask, other=0.0).to(tl.float32)
-        vectors = vectors_ptr + block * (_ALIGN // 4)
-        sigma, beta = tl.load(entry + _SIGMA), tl.load(entry + _BETA)
-        if sigma > 0:
-            y *= tl.load(vectors + sigma.to(tl.int64) * (_UNIT // 4) + out, mask=mask, other=1.0)
-        acc += y
-        rank = tl.load(entry + _RANK)
-        if rank > 0:
-            s = tl.arange(0, SITES_CEIL)
-            before = tl.sum(tl.load(group + s * _SITE + _RANK, mask=s < member, other=0), axis=0)
-            stride_b = (o1 * o2 * ITEM + _UNIT - 1) // _UNIT * (_UNIT // ITEM)
-            b_ptr = factors + tl.load(entry + _B).to(tl.int64) * (_UNIT // ITEM)
-            h_place = h_ptr + h_row.to(tl.int64) * stride_ht + before
-            act, inner = tl.load(entry + _ACT) & _ACT_MASK, tl.load(entry + _INNER)
-            r = 0
-            while r < rank:
-                h = tl.load(h_place)
-                for split in tl.static_range(1, SPLITS):
-                    h += tl.load(h_place + split * stride_hs)
-                if inner > 0:
-                    h += tl.load(vectors + inner.to(tl.int64) * (_UNIT // 4) + r)
-                if act > 0:
-                    h = bent(h, act)
-                acc += h * tl.load(b_ptr + out, mask=mask, other=0.0).to(tl.float32)
-                b_ptr += stride_b
-                h_place += 1
-                r += 1
-        if beta > 0:
-            acc += tl.load(vectors + beta.to(tl.int64) * (_UNIT // 4) + out, mask=mask, other=0.0)
-        tl.store(y_place, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        finish(
+            acc, y_ptr + row.to(tl.int64) * stride_yt + tl.load(columns_ptr + member) + out, mask, out, o1 * o2,
+            h_ptr + h_row.to(tl.int64) * stride_ht, row < stop, factors, vectors_ptr + block * (_ALIGN // 4),
+            group, member, stride_hs, SPLITS, SITES_CEIL, ITEM,
+        )  # fmt: skip
         row += 1
         h_row += 1

@@ -1,7 +1,7 @@
 """Tile sizes per device: searched offline, committed as ``tuned/<device name>.json``, never tuned while serving.
 
-Sizes decide the order of sums, so they are fixed for a process and depend on nothing in a batch. ``expand`` and
-``kron`` keep one stage: pipelined wgmma with a register operand is miscompiled by the ptxas of older Tritons.
+Sizes decide the order of sums, so they are fixed for a process and depend on nothing in a batch. ``expand``, ``kron``
+and ``join`` keep one stage: pipelined wgmma with a register operand is miscompiled by the ptxas of older Tritons.
 ``maxnreg``, which only NVIDIA knows, keeps ptxas from spilling for the sake of one more program per processor.
 """
 
@@ -28,13 +28,15 @@ class Tiles:
 
     split_k:         ``span_min``, ``splits_max``: a product over in_features is split into at most
                      ``splits_max`` planes of at least ``span_min``
-    shrink, expand:  by the tile's height, ``small`` or ``large``
+    shrink, expand:  by the tile's height, ``small`` or ``large``; so ``fold``
     """
 
     split_k: Options
     shrink: Mapping[str, Options]
     expand: Mapping[str, Options]
     kron: Options
+    fold: Mapping[str, Options]
+    join: Options
     scale: Options
 
     def split(self, features: int) -> tuple[int, int]:
@@ -54,15 +56,21 @@ def tiles_for(device_name: str, exact: bool, nvidia: bool = True) -> Tiles:
     path = TUNED / f"{device_name.replace(' ', '_')}.json"
     table = json.loads((path if path.is_file() else TUNED / "default.json").read_text())
     chosen = table["exact" if exact else "half"]
-    if not nvidia:
-        for options in (*chosen["shrink"].values(), *chosen["expand"].values(), chosen["kron"], chosen["scale"]):
-            options.pop("maxnreg", None)
     # said outright: Triton's default depends on its version
     fused = {"enable_fp_fusion": True}
+
+    def complete(options: dict[str, int]) -> Options:
+        return {name: value for name, value in options.items() if nvidia or name != "maxnreg"} | fused
+
+    def by_height(kernel: str) -> dict[str, Options]:
+        return {height: complete(options) for height, options in chosen[kernel].items()}
+
     return Tiles(
         chosen["split_k"],
-        {height: options | fused for height, options in chosen["shrink"].items()},
-        {height: options | fused for height, options in chosen["expand"].items()},
-        chosen["kron"] | fused,
-        chosen["scale"] | fused,
+        by_height("shrink"),
+        by_height("expand"),
+        complete(chosen["kron"]),
+        by_height("fold"),
+        complete(chosen["join"]),
+        complete(chosen["scale"]),
     )

@@ -1,10 +1,11 @@
 """Compile every kernel for devices that are not here, and read what the compilers made of it.
 
-``python -m tests.kernels.aot`` prints the table.
+``python -m tests.kernels.aot [pattern]`` prints the table, of the variants whose name has the pattern.
 """
 
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from weft.kernels.kron import kron_kernel
+from weft.kernels.kron_staged import fold_kernel, join_kernel
 from weft.kernels.lowrank import expand_kernel, shrink_kernel
 from weft.kernels.scale import scale_input_kernel
 from weft.kernels.tiles import tiles_for
@@ -26,7 +28,14 @@ TARGETS = {
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-KERNELS = {"shrink": shrink_kernel, "expand": expand_kernel, "kron": kron_kernel, "scale": scale_input_kernel}
+KERNELS = {
+    "shrink": shrink_kernel,
+    "expand": expand_kernel,
+    "kron": kron_kernel,
+    "fold": fold_kernel,
+    "join": join_kernel,
+    "scale": scale_input_kernel,
+}
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 # (in_features, planes, sites of the group) of Llama-3.1-8B's qkv, gate and up, and down, and of SmolLM2-135M's qkv
@@ -69,10 +78,13 @@ class Variant:
         fold, splits = (split, 1) if self.height == "large" else (1, split)
         common |= {"UPCAST": self.exact, "SPLITS": splits, "SPAN": span, "FOLD": fold}
         common |= {"FEATURES": features, "EVEN": self.aligned}
+        common |= {"HEIGHT": tiles.kron["BM"], "DEPTH": tiles.kron["BK"]}
         options = {
             "shrink": lambda: tiles.shrink[self.height],
             "expand": lambda: tiles.expand[self.height],
             "kron": lambda: tiles.kron,
+            "fold": lambda: tiles.fold[self.height],
+            "join": lambda: tiles.join,
             "scale": lambda: tiles.scale,
         }[self.kernel]()
         return {**common, **options}
@@ -97,6 +109,13 @@ def variants() -> Iterator[Variant]:
         yield Variant("kron", "bf16", "bf16", aligned, "qkv")
         yield Variant("kron", "fp32", "fp32", aligned, "qkv")
         yield Variant("scale", "bf16", "bf16", aligned, "down")
+    for height in ("small", "large"):
+        for aligned in (True, False):
+            for dtype in ("bf16", "fp32"):
+                yield Variant("fold", dtype, dtype, aligned, "qkv", height)
+                yield Variant("join", dtype, dtype, aligned, "qkv", height)
+        yield Variant("fold", "bf16", "fp32", True, "tiny_qkv", height)
+    yield Variant("join", "fp16", "fp16", True, "qkv", "small")
     yield Variant("kron", "fp16", "fp16", True, "qkv")
     yield Variant("kron", "bf16", "bf16", True, "qkv", "large")
     yield Variant("scale", "fp32", "fp32", True, "tiny_qkv")
@@ -106,7 +125,7 @@ def compile_variant(variant: Variant, target: str) -> Mapping[str, int]:
     """Compile; returns ``registers``, ``spilled`` bytes (or lanes) of scratch memory and ``shared`` bytes."""
     kernel, constants = KERNELS[variant.kernel], variant.constants(TARGETS[target].backend == "cuda")
     types = {"x_ptr": f"*{variant.tensors}", "y_ptr": f"*{variant.tensors}", "factors_ptr": f"*{variant.factors}"}
-    types |= {"vectors_ptr": "*fp32", "h_ptr": "*fp32"}
+    types |= {"vectors_ptr": "*fp32", "h_ptr": "*fp32", "t_ptr": "*fp32"}
     signature, values, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name.isupper():
@@ -149,6 +168,8 @@ if __name__ == "__main__":
     print(f"triton {triton.__version__}: registers / spilled bytes / shared KiB")
     print(f"{'':36}" + "".join(f"{target:>18}" for target in TARGETS))
     for each in variants():
+        if not re.search(sys.argv[1] if len(sys.argv) > 1 else "", str(each)):
+            continue
         cells = [compile_variant(each, target) for target in TARGETS]
         row = "".join(f"{c['registers']:>8} /{c['spilled']:>2} /{c['shared'] / 1024:>4.0f}" for c in cells)
         print(f"{each!s:36}{row}", flush=True)

@@ -78,6 +78,31 @@ def test_long_sums_match_the_oracle(implementation: Implementation, dtype: torch
     assert_no_worse_than_torch(got, plain_torch(y, x, segments, 0, loaded), want)
 
 
+def test_factors_far_from_square_match_the_oracle(implementation: Implementation, dtype: torch.dtype) -> None:
+    """Terms that are fused beside terms that go in two stages, some with all that a site can have."""
+    of = Geometry((SiteShape(320, 192), SiteShape(320, 96)), (2,), dtype)
+    noise = torch.Generator().manual_seed(0)
+
+    def term(o1: int, i1: int, site: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = of.sites[site]
+        sizes = (o1, i1), (shape.out_features // o1, shape.in_features // i1)
+        w1, w2 = (torch.randn(*size, generator=noise) / math.sqrt(size[1]) for size in sizes)
+        return w1, w2
+
+    pair = torch.randn(3, 320, generator=noise) / 18, torch.randn(96, 3, generator=noise)
+    adapters = [
+        {0: SiteTerms(krons=(term(4, 4, 0),)), 1: SiteTerms(krons=(term(8, 32, 1),))},
+        {0: SiteTerms(krons=(term(12, 20, 0), term(12, 5, 0), term(12, 2, 0)), sigma=torch.linspace(1, 2, 192))},
+        {1: SiteTerms(pair, (term(3, 2, 1), term(3, 1, 1)), beta=torch.ones(96), inner=torch.ones(3), act=2)},
+    ]
+    loaded = Loaded.of(of, adapters, implementation.device)
+    segments = loaded.segments([(1, 0), (1, 0), (2, 1), (5, 2), (1, None), (20, 0), (66, 2)])
+    y, x = loaded.tensors(segments[-1].stop, 0, dtype)
+    got = applied(implementation.load(loaded), segments, y, x, 0)
+    want = reference.apply(y, x, segments, 0, loaded.arena, of)
+    assert_no_worse_than_torch(got, plain_torch(y, x, segments, 0, loaded), want)
+
+
 @pytest.mark.parametrize("function", NAMES)
 def test_functions_are_exact_over_their_range(implementation: Implementation, function: str) -> None:
     """Through maps that change nothing, so that what is seen is the function, also where it is almost flat."""
