@@ -29,22 +29,27 @@ BLOCKS, SCALE = "boft_R", "boft_s"
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
     """Config and header to operators; values are not looked at."""
-    # the tensor's own shape says how many blocks and factors there are
-    settings.ignore("init_weights", "boft_dropout", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor")
+    # the tensor's own shape says how many factors there are: PEFT makes one of any number without its extension
+    settings.ignore("init_weights", "boft_dropout", "boft_n_butterfly_factor")
+    size, count = settings.integer("boft_block_size", 0), settings.integer("boft_block_num", 0)
+    if bool(size) == bool(count):
+        raise expected("boft_block_num", "either this or boft_block_size, the other 0", count, f"the other is {size}")
     targets = read_targets(settings, catalogue, METHOD, METHOD)
     settings.finish(METHOD)
     found = read_tensors(header, catalogue, targets, [BLOCKS, SCALE])
-    sites = {site.path: _operators(found.by_site[site.path], site) for site in targets.sites}
+    sites = {site.path: _operators(found.by_site[site.path], site, size, count) for site in targets.sites}
     return adapter(METHOD, targets, found, sites, catalogue)
 
 
-def _operators(tensors: Roles, site: SiteInfo) -> SiteOperators:
+def _operators(tensors: Roles, site: SiteInfo, block_size: int, block_count: int) -> SiteOperators:
     blocks, wide, tall = tensors[BLOCKS], site.in_features, site.out_features
-    factors, count, size, again = blocks.shape if len(blocks.shape) == 4 else (0, 0, 0, 0)
-    if factors > 1:
-        raise expected(blocks.name, "one butterfly factor", factors, FACTORS)
-    if factors == 0 or size != again or count * size != wide:
-        raise expected(blocks.name, f"shape [1, {wide}/b, b, b]", list(blocks.shape), sizes(site))
+    if len(blocks.shape) == 4 and blocks.shape[0] > 1:
+        raise expected(blocks.name, "one butterfly factor", list(blocks.shape), FACTORS)
+    size = block_size or wide // block_count
+    count = block_count or wide // block_size
+    if size * count != wide:
+        raise expected("boft_block_size", f"blocks that divide the {wide} inputs of {site.path}", f"{count} of {size}")
+    require_shape(blocks, (1, count, size, size), sizes(site))
     require_shape(tensors[SCALE], (tall, 1), sizes(site))
 
     def change(blocks: "Tensor", scale: "Tensor", weight: "Tensor") -> "Tensor":

@@ -26,20 +26,21 @@ KERNEL = "c3a_kernel"
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
     """Config and header to operators; values are not looked at."""
-    # the kernel's own shape says the size of its blocks
-    settings.ignore("init_weights", "block_size", "block_size_pattern")
+    settings.ignore("init_weights")
+    allowed = {settings.integer("block_size"), *settings.integer_by_pattern("block_size_pattern").values()}
     targets = read_targets(settings, catalogue, METHOD, METHOD)
     settings.finish(METHOD)
     found = read_tensors(header, catalogue, targets, [KERNEL])
-    sites = {site.path: _operators(found.by_site[site.path][KERNEL], site) for site in targets.sites}
+    sites = {site.path: _operators(found.by_site[site.path][KERNEL], site, allowed) for site in targets.sites}
     return adapter(METHOD, targets, found, sites, catalogue)
 
 
-def _operators(kernel: TensorRef, site: SiteInfo) -> SiteOperators:
+def _operators(kernel: TensorRef, site: SiteInfo, allowed: set[int]) -> SiteOperators:
     wide, tall = site.in_features, site.out_features
     rows, columns, size = kernel.shape if len(kernel.shape) == 3 else (0, 0, 0)
-    if (rows * size, columns * size) != (tall, wide):
-        wanted = f"[{tall}/b, {wide}/b, b] for a b that divides both"
+    # which of the sizes a kernel has, its own shape says
+    if (rows * size, columns * size) != (tall, wide) or size not in allowed:
+        wanted = f"[{tall}/b, {wide}/b, b] for b = {' or '.join(str(size) for size in sorted(allowed))}"
         raise expected(kernel.name, wanted, list(kernel.shape), sizes(site))
 
     def blocks(kernel: "Tensor") -> "Tensor":

@@ -26,20 +26,30 @@ SPECTRUM = "fourierft_spectrum"
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
     """Config and header to operators; values are not looked at."""
-    # the spectrum's own length says how many there are
-    settings.ignore("init_weights", "n_frequency", "n_frequency_pattern")
+    settings.ignore("init_weights")
+    counts = frequencies(settings)
     scale, seed = settings.signed_number("scaling"), settings.integer("random_loc_seed", 0)
     targets = read_targets(settings, catalogue, METHOD, "FourierFT", conv1d=True)
     settings.finish(METHOD)
     found = read_tensors(header, catalogue, targets, [SPECTRUM])
+    for site in targets.sites:
+        check_spectrum(found.by_site[site.path][SPECTRUM], site, counts)
     sites = {s.path: _operators(found.by_site[s.path][SPECTRUM], s, seed, scale) for s in targets.sites}
     return adapter(METHOD, targets, found, sites, catalogue)
 
 
-def check_spectrum(spectrum: TensorRef, site: SiteInfo) -> None:
-    """A vector of no more elements than the weight has."""
-    if len(spectrum.shape) != 1 or spectrum.elements > site.in_features * site.out_features:
-        wanted = f"a vector of at most {site.in_features * site.out_features} elements"
+def frequencies(settings: Settings) -> set[int]:
+    """How many elements a spectrum may have; which of these, its own length says."""
+    by_pattern = settings.integer_by_pattern("n_frequency_pattern")
+    return {settings.integer("n_frequency"), *by_pattern.values()}
+
+
+def check_spectrum(spectrum: TensorRef, site: SiteInfo, counts: set[int]) -> None:
+    """A vector of as many elements as the settings allow, any number if they name none, and as the weight has."""
+    most = site.in_features * site.out_features
+    if len(spectrum.shape) != 1 or spectrum.elements > most or (counts and spectrum.elements not in counts):
+        named = f", {' or '.join(str(count) for count in sorted(counts))}" if counts else ""
+        wanted = f"a vector of at most {most} elements{named}"
         raise expected(spectrum.name, wanted, list(spectrum.shape), sizes(site))
 
 
@@ -52,7 +62,6 @@ def drawn_places(seed: int, site: SiteInfo, count: int) -> "Tensor":
 
 
 def _operators(spectrum: TensorRef, site: SiteInfo, seed: int, scale: float) -> SiteOperators:
-    check_spectrum(spectrum, site)
     shape = (site.out_features, site.in_features)
 
     def transformed(spectrum: "Tensor") -> "Tensor":

@@ -6,13 +6,14 @@ part above the diagonal of a skew matrix Q. R = (I - Q)(I + Q)⁻¹, or the firs
 """
 
 from dataclasses import dataclass
-from math import isqrt, sqrt
+from math import sqrt
 from typing import TYPE_CHECKING
 
 from weft.adapters_store.errors import expected
 from weft.adapters_store.formats.about import Served
 from weft.adapters_store.formats.peft_linears import adapter, read_targets, read_tensors, sizes
 from weft.adapters_store.formats.settings import Settings
+from weft.adapters_store.formats.tensors import require_shape
 from weft.adapters_store.operators import Dense, ParsedAdapter, SiteOperators
 from weft.adapters_store.safetensors_header import Header
 from weft.adapters_store.sites import CatalogueInfo, SiteInfo
@@ -29,8 +30,10 @@ SKEW = "oft_R.weight"
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """terms: of the series, 0 for the exact form; bound: eps of coft, None without."""
+    """Number of blocks or their size; terms of the series, 0 for the exact form; eps of coft, None without."""
 
+    count: int
+    size: int
     terms: int
     bound: float | None
     shared: bool
@@ -38,14 +41,16 @@ class _Form:
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
     """Config and header to operators; values are not looked at."""
-    # the tensor's own shape says how many blocks there are, and how large PEFT made them
-    settings.ignore("init_weights", "module_dropout", "r", "oft_block_size")
+    settings.ignore("init_weights", "module_dropout")
+    count, size = settings.integer("r", 0), settings.integer("oft_block_size", 0)
+    if bool(count) == bool(size):
+        raise expected("r", "either this or oft_block_size, the other 0", count, f"oft_block_size is {size}")
     series = settings.choice("use_cayley_neumann", (True, False), True)
     terms = settings.integer("num_cayley_neumann_terms") if series else 0
     settings.ignore("num_cayley_neumann_terms")
     bound = settings.number("eps") if settings.flag("coft") else None
     settings.ignore("eps")
-    form = _Form(terms, bound, settings.flag("block_share"))
+    form = _Form(count, size, terms, bound, settings.flag("block_share"))
     targets = read_targets(settings, catalogue, METHOD, METHOD)
     settings.finish(METHOD)
     found = read_tensors(header, catalogue, targets, [SKEW])
@@ -61,22 +66,25 @@ def rotated(weight: "Tensor", rotations: "Tensor") -> "Tensor":
 
 
 def _operators(skew: TensorRef, site: SiteInfo, form: _Form) -> SiteOperators:
-    rows, elements = skew.shape if len(skew.shape) == 2 else (0, 0)
-    size = (1 + isqrt(1 + 8 * elements)) // 2
-    blocks = site.in_features // size
-    if (
-        size * (size - 1) // 2 != elements
-        or blocks * size != site.in_features
-        or rows != (1 if form.shared else blocks)
-    ):
-        wanted = f"[{'1' if form.shared else f'{site.in_features}/b'}, b(b - 1)/2] for a b that divides the inputs"
-        raise expected(skew.name, wanted, list(skew.shape), sizes(site))
+    wide = site.in_features
+    size = _divisor(form.size, wide) if form.size else wide // _divisor(form.count, wide)
+    blocks = wide // size
+    require_shape(skew, (1 if form.shared else blocks, size * (size - 1) // 2), f"{blocks} blocks, {sizes(site)}")
 
     def change(skew: "Tensor", weight: "Tensor") -> "Tensor":
         return rotated(weight, _rotations(skew, size, form).expand(blocks, size, size)) - weight
 
     shape = (site.out_features, site.in_features)
     return SiteOperators((Dense(Computed(skew.name, shape, change, (skew,), (f"{site.path}.weight",))),), ("W R - W",))
+
+
+def _divisor(wanted: int, whole: int) -> int:
+    """The divisor that PEFT takes in the place of a number that is none: the next one, the lower of two as near."""
+    if wanted >= whole:
+        return whole
+    higher = next(number for number in range(wanted, whole + 1) if whole % number == 0)
+    lower = next(number for number in range(wanted, 0, -1) if whole % number == 0)
+    return lower if wanted - lower <= higher - wanted else higher
 
 
 def _rotations(upper: "Tensor", size: int, form: _Form) -> "Tensor":

@@ -8,7 +8,7 @@ columns, along rows and along both; the wavelet ``db1`` makes a block of 2 by 2 
 from typing import TYPE_CHECKING
 
 from weft.adapters_store.formats.about import Served
-from weft.adapters_store.formats.peft_fourierft import check_spectrum, drawn_places
+from weft.adapters_store.formats.peft_fourierft import check_spectrum, drawn_places, frequencies
 from weft.adapters_store.formats.peft_linears import adapter, read_targets, read_tensors
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.operators import Dense, ParsedAdapter, SiteOperators, Sparse
@@ -30,8 +30,11 @@ SPECTRUM = "waveft_spectrum"
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
     """Config and header to operators; values are not looked at."""
-    # the spectrum's own length says how many there are
-    settings.ignore("init_weights", "n_frequency", "n_frequency_pattern", "proportional_parameters")
+    settings.ignore("init_weights")
+    counts = frequencies(settings)
+    if settings.flag("proportional_parameters"):
+        # then it is the length of each spectrum that says how many it got
+        counts = set()
     scale, seed = settings.signed_number("scaling"), settings.integer("random_loc_seed", 0)
     inverse = settings.choice("use_idwt", (True, False), True)
     wavelets = ("db1",) if inverse else ()
@@ -41,14 +44,14 @@ def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> Parse
     targets = read_targets(settings, catalogue, METHOD, "WaveFT", conv1d=True)
     settings.finish(METHOD)
     found = read_tensors(header, catalogue, targets, [SPECTRUM])
+    for site in targets.sites:
+        check_spectrum(found.by_site[site.path][SPECTRUM], site, counts)
     form = _transformed if inverse else _scattered
     sites = {s.path: form(found.by_site[s.path][SPECTRUM], s, seed, scale) for s in targets.sites}
     return adapter(METHOD, targets, found, sites, catalogue)
 
 
 def _scattered(spectrum: TensorRef, site: SiteInfo, seed: int, scale: float) -> SiteOperators:
-    check_spectrum(spectrum, site)
-
     def places(spectrum: "Tensor") -> "Tensor":
         return drawn_places(seed, site, len(spectrum)).sort().values
 
@@ -60,7 +63,6 @@ def _scattered(spectrum: TensorRef, site: SiteInfo, seed: int, scale: float) -> 
 
 
 def _transformed(spectrum: TensorRef, site: SiteInfo, seed: int, scale: float) -> SiteOperators:
-    check_spectrum(spectrum, site)
     tall, wide = site.out_features, site.in_features
 
     def inverse(spectrum: "Tensor") -> "Tensor":
