@@ -79,7 +79,10 @@ class Family:
         if not self._mixed:
             names: list[str | None] = [case for family, case in PAIRS if family == self.name]
             names += [None, None]
-            asked = {f"{n}": (n, p) for n, p in zip(names, prompts(len(names), 5), strict=True)}
+            asked = {
+                f"{n}": (n, p if n is None else CASES[n].prompt(p))
+                for n, p in zip(names, prompts(len(names), 5), strict=True)
+            }
             answers = self.run(asked)
             self._mixed = {id: (prompt, answers[id]) for id, (_, prompt) in asked.items()}
         return self._mixed[name]
@@ -111,7 +114,8 @@ def problem(oracle: Oracle, prompt: Sequence[int], tokens: Sequence[int]) -> str
 def test_a_method_alone(families, family, method):
     family = families(family)
     oracle = family.adapter(method)[1]
-    for i, prompt in enumerate(prompts(2, seed=len(method))):
+    for i, plain in enumerate(prompts(2, seed=len(method))):
+        prompt = CASES[method].prompt(plain)
         tokens = family.run({str(i): (method, prompt)})[str(i)]
         assert len(tokens) == NEW_TOKENS
         assert problem(oracle, prompt, tokens) is None

@@ -31,12 +31,19 @@ class Case:
     families:  of ``tests.support.backbones`` that it is tried on: all three where the method applies
     make:      (family, folder, seed) writes an adapter far from identity and returns its folder
     oracle:    (family, folder) who knows what it computes
+    invokes:   tokens that a prompt must have for the adapter to act at all
     """
 
     name: str
     make: Callable[[str, Path, int], Path]
     oracle: Callable[[str, Path], Oracle]
     families: tuple[str, ...] = ALL
+    invokes: tuple[int, ...] = ()
+
+    def prompt(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """A prompt that this adapter acts on, from its middle on where something must invoke it."""
+        half = len(tokens) // 2
+        return (*tokens[:half], *self.invokes, *tokens[half:])
 
 
 @dataclass(frozen=True)
