@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import AdaLoraConfig, IA3Config, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -130,3 +131,26 @@ def save(model: PeftModel, folder: Path) -> Path:
         warnings.simplefilter("ignore")
         model.save_pretrained(str(folder))
     return folder
+
+
+def several(family: str, configs: dict[str, PeftConfig], folder: Path, mixed: bool = False) -> Any:
+    """A model of the family with these adapters, all far from identity and all active; each also in a folder."""
+    with warnings.catch_warnings():
+        # about the corrected fan_in_fan_out, and several adapters at once
+        warnings.simplefilter("ignore")
+        (first, config), *rest = configs.items()
+        model: Any = get_peft_model(build(family), config, first, mixed=mixed)
+        model.eval()
+        for name, other in rest:
+            model.add_adapter(name, other)
+        model.base_model.set_adapter(list(configs))
+        random = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if set(path.split(".")) & set(configs):
+                    noise = torch.randn(parameter.shape, generator=random)
+                    near_one = ".ia3_l" in path or "magnitude" in path
+                    parameter.copy_(parameter * (1 + 0.3 * noise) if near_one else 0.4 * noise)
+        if not mixed:
+            model.save_pretrained(str(folder))
+    return model

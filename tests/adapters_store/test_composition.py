@@ -1,7 +1,6 @@
 """Derived versions: what names them, and that they compute what PEFT computes with several adapters at once."""
 
 import hashlib
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import BeftConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftMixedModel, get_peft_model
+from peft import BeftConfig, IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftMixedModel
 
 from tests.adapters_store.files import Files, lora
-from tests.adapters_store.peft_models import ATTENTION, GPT2, ModelSites, adapt, build, save, sites_of
+from tests.adapters_store.peft_models import ATTENTION, GPT2, ModelSites, adapt, build, save, several, sites_of
 from tests.adapters_store.stores import Store
 from tests.adapters_store.test_fold_parity import difference
 from weft.adapters_store.compile import compile_adapter
@@ -56,29 +55,6 @@ def test_the_name_is_a_sha256_of_rules_digests_and_exact_weights():
 
 
 # what they compute
-
-
-def several(family: str, configs: dict[str, PeftConfig], folder: Path, mixed: bool = False) -> Any:
-    """A model of the family with these adapters, all far from identity and all active; each also in a folder."""
-    with warnings.catch_warnings():
-        # about the corrected fan_in_fan_out, and several adapters at once
-        warnings.simplefilter("ignore")
-        (first, config), *rest = configs.items()
-        model: Any = get_peft_model(build(family), config, first, mixed=mixed)
-        model.eval()
-        for name, other in rest:
-            model.add_adapter(name, other)
-        model.base_model.set_adapter(list(configs))
-        random = torch.Generator().manual_seed(7)
-        with torch.no_grad():
-            for path, parameter in model.named_parameters():
-                if set(path.split(".")) & set(configs):
-                    noise = torch.randn(parameter.shape, generator=random)
-                    near_one = ".ia3_l" in path or "magnitude" in path
-                    parameter.copy_(parameter * (1 + 0.3 * noise) if near_one else 0.4 * noise)
-        if not mixed:
-            model.save_pretrained(str(folder))
-    return model
 
 
 def stored(folder: Path) -> Files:
