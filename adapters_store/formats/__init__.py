@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 from weft.adapters_store.errors import expected
 from weft.adapters_store.files import CONFIG, AdapterFiles
@@ -46,18 +47,23 @@ def read_adapter(folder: Path, catalogue: CatalogueInfo) -> ParsedAdapter:
 
 def parse_adapter(files: AdapterFiles, catalogue: CatalogueInfo) -> ParsedAdapter:
     """Judge files that have been read."""
-    values = read_object(files.config, CONFIG)
+    parsed = parse_values(read_object(files.config, CONFIG), files.header, catalogue)
+    return replace(parsed, weights=files.data)
+
+
+def parse_values(values: dict[str, Any], header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
+    """Judge the content of a config, which is used up, and the tensors beside it."""
     said = values.pop("peft_type", None)
     served = ", ".join(PARSERS)
     if said is None and hub.is_hub(values):
-        return replace(hub.parse(values, files.header, catalogue), weights=files.data)
+        return hub.parse(values, header, catalogue)
     method = ALIASES.get(said, said) if isinstance(said, str) else None
     parser = PARSERS.get(method) if method is not None else None
     if parser is None:
         raise expected("peft_type", f"one of {served}", show(said), REFUSED.get(method or "", ""))
     if method not in MAY_BE_EMPTY:
-        _require_values(files.header)
-    return replace(parser(Settings(values), files.header, catalogue), weights=files.data)
+        _require_values(header)
+    return parser(Settings(values), header, catalogue)
 
 
 def served() -> tuple[Served, ...]:

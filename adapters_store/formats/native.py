@@ -14,6 +14,7 @@ from weft.adapters_store.formats import (
     native_rows,
     native_said,
     native_sparse,
+    native_union,
 )
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.operators import ParsedAdapter
@@ -34,5 +35,6 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
         native_bottleneck,
         native_krona_b,
         native_said,
+        native_union,
     )
 }

@@ -125,6 +125,13 @@ class Settings:
             self._refuse(key, "an object", value)
         return Settings(value)
 
+    def objects(self, key: str) -> list[dict[str, Any]]:
+        """A required list of objects, each the settings of something else."""
+        value = self._take(key, True)
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            self._refuse(key, "a list of objects", value)
+        return list(value)
+
     def integer_by_pattern(self, key: str) -> dict[str, int]:
         """Pattern -> positive integer, in the order of the file."""
         return {pattern: self._integer(key, value, 1) for pattern, value in self._object(key).items()}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests.support.backbones import build
@@ -100,7 +100,7 @@ class Comparison:
             self.change = min(self.change, change)
 
 
-def compare(block: Compiled, changed: PreTrainedModel) -> Comparison:
+def compare(block: Compiled, changed: nn.Module) -> Comparison:
     """Everything that a block says of parameters, against a model whose parameters were changed."""
     found, model, info = Comparison(), block.sites.model, block.sites.info
     random = torch.Generator().manual_seed(7)
@@ -119,6 +119,7 @@ def compare(block: Compiled, changed: PreTrainedModel) -> Comparison:
                     found.note(norm.path, base if said is None else said[0], getattr(new, name), base)
         ids = torch.arange(block.sites.model.config.vocab_size)
         base = model.get_input_embeddings()(ids)
+        assert isinstance(changed, PreTrainedModel)
         found.note("embedding", embedded(block, base), changed.get_input_embeddings()(ids), base)
     return found
 

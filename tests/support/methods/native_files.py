@@ -29,7 +29,7 @@ def write(folder: Path, peft_type: str, tensors: Mapping[str, Tensor], **setting
     folder.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": peft_type, "format_version": 1, **settings}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file({name: t.contiguous() for name, t in tensors.items()}, str(folder / "adapter_model.safetensors"))
+    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, str(folder / "adapter_model.safetensors"))
     return folder
 
 

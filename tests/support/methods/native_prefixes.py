@@ -19,7 +19,7 @@ PREFIXES: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 ATTENTIONS = {"llama": "self_attn", "gpt2": "attn", "gemma3": "self_attn"}
 
 
-def _sizes(model: PreTrainedModel) -> tuple[int, int]:
+def kv_sizes(model: PreTrainedModel) -> tuple[int, int]:
     """Heads of keys and values, and their size."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -29,7 +29,7 @@ def _sizes(model: PreTrainedModel) -> tuple[int, int]:
 def _case(count: int, bias: bool) -> Case:
     def make(family: str, folder: Path, seed: int) -> Path:
         model, draw = build(family), drawing(seed)
-        (heads, size), layers = _sizes(model), len(layer_paths(family, model))
+        (heads, size), layers = kv_sizes(model), len(layer_paths(family, model))
         tensors = {"prompt_embeddings": draw(count, 2 * layers * heads * size, scale=1.5)}
         for layer in range(layers):
             tensors[f"layers.{layer}.gate.weight"] = draw(count, model.config.hidden_size)
@@ -43,7 +43,7 @@ def _case(count: int, bias: bool) -> Case:
         AttentionInterface.register(NAME, attend)
         model.config._attn_implementation = NAME
         for number, layer in enumerate(layer_paths(family, model)):
-            _gate(model.get_submodule(f"{layer}.{ATTENTIONS[family]}"), number, tensors, _sizes(model))
+            _gate(model.get_submodule(f"{layer}.{ATTENTIONS[family]}"), number, tensors, kv_sizes(model))
         return StepByStep(model, shift=count)
 
     return Case(f"apt_{count}", make, oracle, ALL)
