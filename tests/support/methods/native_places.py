@@ -16,19 +16,24 @@ from tests.support.methods.case import ALL, Case, Oracle, WholePass
 from tests.support.methods.native_files import Draw, Tensors, drawing, prefixed, read, write
 from tests.support.methods.native_hooks import Change, StepByStep, change_sublayer, layer_paths
 
-RANK, TERMS, INNER_RANK, PROMPT = 6, 4, 2, 5
+RANK, TERMS, PROMPT = 6, 4, 5
 # what the modules that attend are called
 ATTENTIONS = {"llama": "self_attn", "gpt2": "attn", "gemma3": "self_attn"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What one bottleneck case consists of; ``own_name``: the attention by its module's path."""
+    """What one bottleneck case consists of.
+
+    phm, inner:  whether its maps are sums of Kronecker products, and the rank of these
+    own_name:    the attention goes by its module's path
+    """
 
     tap: str
     act: str
     after: tuple[str, ...] = ("attention", "mlp")
     phm: bool = False
+    inner: int = 1
     norm: bool = False
     gate: bool = False
     biases: bool = True
@@ -44,7 +49,7 @@ SHAPES: Mapping[str, Shape] = {
     "bare": Shape("ln_x", "gelu", biases=False, scale=1.0),
     "compacter": Shape("h", "gelu_new", phm=True),
     "gated": Shape("h+x_res", "sigmoid", gate=True),
-    "gated_compacter": Shape("x_res", "leaky_relu", ("attention",), phm=True, norm=True, gate=True),
+    "gated_compacter": Shape("x_res", "leaky_relu", ("attention",), phm=True, inner=2, norm=True, gate=True),
 }
 
 
@@ -55,8 +60,8 @@ def _map(shape: Shape, which: str, wide: int, tall: int, draw: Draw) -> Tensors:
     return {
         **made,
         f"{which}.phm.rule": draw(TERMS, TERMS, TERMS),
-        f"{which}.phm.left": draw(TERMS, wide // TERMS, INNER_RANK),
-        f"{which}.phm.right": draw(TERMS, INNER_RANK, tall // TERMS),
+        f"{which}.phm.left": draw(TERMS, wide // TERMS, shape.inner),
+        f"{which}.phm.right": draw(TERMS, shape.inner, tall // TERMS),
     }
 
 
