@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 import peft
 import torch
 from peft import PeftConfig
-from torch import Generator, Tensor
 
 from tests.support.methods.case import GEMMA, GPT2, LLAMA, Case, by_peft, noise
 
@@ -55,10 +54,6 @@ def _norms(family: str) -> PeftConfig:
     return peft.LNTuningConfig(target_modules=NORMS[family])
 
 
-def _boft_noise(name: str, value: Tensor, random: Generator) -> Tensor:
-    return noise(0.4, ["boft_s"])(name, value, random)
-
-
 NO_GPT2 = (LLAMA, GEMMA)
 SHARED = {"projection_prng_key": 3}
 
@@ -99,6 +94,6 @@ CASES: tuple[Case, ...] = (
     by_peft("waveft_direct", everywhere(peft.WaveFTConfig, n_frequency=60, scaling=2.0, use_idwt=False)),
     by_peft("oft", plain(peft.OFTConfig, oft_block_size=8), noise(0.1)),
     by_peft("oft_exact", plain(peft.OFTConfig, oft_block_size=8, use_cayley_neumann=False)),
-    by_peft("boft", plain(peft.BOFTConfig, boft_block_size=4), _boft_noise),
+    by_peft("boft", plain(peft.BOFTConfig, boft_block_size=4), noise(0.4, ["boft_s"])),
     by_peft("hira", everywhere(peft.HiraConfig, r=3)),
 )
