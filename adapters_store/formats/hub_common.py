@@ -123,6 +123,7 @@ class Shelf:
     def __init__(self, header: Header, adapter: str, base: str) -> None:
         self.adapter, self.base = adapter, base
         self._left: dict[str, TensorRef] = {}
+        self._taken: set[str] = set()
         whole = any(name.startswith(f"{base}.") for name in header.tensors)
         for name, tensor in header.tensors.items():
             path = self._path(name if whole else f"{base}.{name}")
@@ -135,8 +136,11 @@ class Shelf:
         """The tensor ``role`` of this adapter at a module, in the library's dictionary of that kind."""
         path = f"{module}.{kind}.{self.adapter}.{role}"
         tensor = self._left.pop(path, None)
+        if tensor is None and path in self._taken:
+            raise expected(path, "one member of a union to have it", "two", "the library has one of a kind at a place")
         if tensor is None:
             raise expected(path, "this tensor", "none", why or "the config asks for it")
+        self._taken.add(path)
         require_kind(tensor)
         require_shape(tensor, shape, why)
         return tensor

@@ -15,7 +15,8 @@ from weft.server.convert.pickles import read_state_dict
 from weft.server.convert.problems import expected
 
 # what PEFT and AdapterHub call the same tensors as a pickle and as safetensors
-PICKLES = {"adapter_model.bin": WEIGHTS, "pytorch_adapter.bin": WEIGHTS_ELSEWHERE}
+HUB_PICKLE = "pytorch_adapter.bin"
+PICKLES = {"adapter_model.bin": WEIGHTS, HUB_PICKLE: WEIGHTS_ELSEWHERE}
 HEAD = "pytorch_model_head.bin"
 # what weft reads: see ``safetensors_header``
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64)
@@ -36,13 +37,32 @@ def convert_pickle(source: Path, out: Path) -> Converted:
     """Write ``out`` with the config as it is and the tensors as they are. CannotConvert says what stands against it."""
     raw, _ = read_config(source)
     name = _the_pickle(source)
-    tensors, notes = writable(read_state_dict(source / name), name)
+    found = read_state_dict(source / name)
+    kept = once(found) if name == HUB_PICKLE else found
+    tensors, notes = writable(kept, name)
+    if len(kept) < len(found):
+        notes.append(f"{len(found) - len(kept)} further names of tensors that modules share are left out")
     if (source / HEAD).exists():
         notes.append(f"{HEAD} is left out: prediction heads are not served")
     with new_folder(out) as folder:
         (folder / CONFIG).write_bytes(raw)
         save_tensors(tensors, folder / PICKLES[name])
     return Converted(str(out), name, len(tensors), (out / PICKLES[name]).stat().st_size, tuple(notes))
+
+
+def once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of several names of one and the same tensor, the shortest.
+
+    AdapterHub saves prefixes once for every attention that holds them, and a bottleneck's first norm twice.
+    """
+    kept: dict[tuple[object, ...], str] = {}
+    for name in sorted(tensors, key=lambda name: (len(name), name)):
+        tensor = tensors[name]
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        # tensors without values lie nowhere
+        kept.setdefault(place if tensor.numel() else (name,), name)
+    names = set(kept.values())
+    return {name: tensor for name, tensor in tensors.items() if name in names}
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

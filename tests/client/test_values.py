@@ -104,6 +104,17 @@ def test_a_pickle_is_not_sent_and_the_error_says_how_to_convert_it(folder):
     assert isinstance(caught.value, InvalidRequest)
 
 
+def test_the_weights_may_have_adapterhub_s_name(folder):
+    weights = folder / "adapter_model.safetensors"
+    upload = read_folder("a", folder, replace=False)
+    weights.rename(folder / "adapter.safetensors")
+    again = read_folder("a", folder, replace=False)
+    assert (again.weights_sha256, again.weights.name) == (upload.weights_sha256, "adapter.safetensors")
+    # peft's name is the one that counts where both are there
+    weights.write_bytes(b"other")
+    assert read_folder("a", folder, replace=False).weights == weights
+
+
 def test_a_folder_without_an_adapter_is_told_with_what_it_holds(tmp_path):
     with pytest.raises(FolderInvalid, match="got an empty folder"):
         read_folder("a", tmp_path, replace=False)

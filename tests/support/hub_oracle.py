@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 
 from tests.support.methods.case import GPT2, LLAMA, Oracle, WholePass
-from tests.support.methods.native_hooks import StepByStep, change_sublayer
+from tests.support.methods.native_hooks import Change, StepByStep, change_sublayer
 
 ATTENTION = "hub_prefix"
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -67,14 +67,24 @@ def oracle(model: PreTrainedModel, folder: Path) -> Oracle:
     (shared,) = file.kinds.get("shared_parameters", {"": {}}).values()
     for path, tensors in file.kinds.get("loras", {}).items():
         _change_linear(model.get_submodule(path), file.members["lora"], {**shared, **tensors})
-    for path, tensors in file.kinds.get("adapters", {}).items():
-        layer, _, place = path.rpartition(".")
-        after = "attention" if place == "attention_adapters" else "mlp"
-        change_sublayer(family, model, layer, after, _bottleneck(file.members[None], {**shared, **tensors}))
+    for (layer, after), change in bottlenecks(folder).items():
+        change_sublayer(family, model, layer, after, change)
     if "prefix_tunings" in file.kinds:
         _add_prefixes(model, file)
     gated = any(member.get("use_gating", False) for member in file.members.values())
     return StepByStep(model) if gated else WholePass(model)
+
+
+def bottlenecks(folder: Path) -> dict[tuple[str, str], Change]:
+    """What the adapter in this folder does behind sublayers, by the path of the layer and which of the two it is."""
+    file = _File.read(folder)
+    (shared,) = file.kinds.get("shared_parameters", {"": {}}).values()
+    found = {}
+    for path, tensors in file.kinds.get("adapters", {}).items():
+        layer, _, place = path.rpartition(".")
+        after = "attention" if place == "attention_adapters" else "mlp"
+        found[layer, after] = _bottleneck(file.members[None], {**shared, **tensors})
+    return found
 
 
 def _gate(x: Tensor, tensors: Tensors, name: str = "gate.") -> Tensor:
@@ -127,7 +137,7 @@ def _pair(tensors: Tensors, ranks: slice, outputs: slice) -> tuple[Tensor, Tenso
     return tensors["lora_A"][ranks], tensors["lora_B"][outputs]
 
 
-def _bottleneck(config: dict[str, Any], tensors: Tensors) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _bottleneck(config: dict[str, Any], tensors: Tensors) -> Change:
     act, number = ACTIVATIONS[config["non_linearity"]], int(config["ln_before"])
     scaling = tensors["scaling"] if "scaling" in tensors else torch.tensor(config["scaling"])
 
