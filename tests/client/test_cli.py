@@ -112,6 +112,30 @@ def test_one_adapter_is_shown_with_its_sites(weft, server):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("flags", "sent"),
+    [
+        (["--adapter", "a", "--adapter", "b=0.5"], [("a", 1.0), ("b", 0.5)]),
+        (["--adapter", "b=-2"], [("b", -2.0)]),
+        (["--adapter", "a", "--adapter", "b"], [("a", 1.0), ("b", 1.0)]),
+    ],
+)
+def test_several_adapters_act_together(weft, server, flags, sent):
+    assert weft("generate", "--prompt", "abc", *flags)[0] == 0
+    (request,) = server.requests
+    assert request.adapter == ""
+    assert [(each.name, each.weight) for each in request.adapters] == sent
+
+
+def test_one_adapter_goes_by_its_name_and_a_weight_must_be_a_number(weft, server):
+    server.adapters["a"] = make_adapter("a")
+    assert weft("generate", "--prompt", "abc", "--adapter", "a")[0] == 0
+    assert (server.requests[0].adapter, len(server.requests[0].adapters)) == ("a", 0)
+    status, _, err = weft("generate", "--prompt", "abc", "--adapter", "a=half")
+    assert status == 2
+    assert "--adapter must be NAME or NAME=WEIGHT, a number; got 'a=half'" in err
+
+
 def test_a_removed_adapter_is_gone(weft, server):
     server.adapters["fr-legal"] = make_adapter("fr-legal")
     assert weft("adapters", "rm", "fr-legal") == (0, "removed fr-legal\n", "")

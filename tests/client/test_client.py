@@ -72,6 +72,31 @@ def test_every_option_reaches_the_server(client, server):
     assert request.request_id == "r-1"
 
 
+@pytest.mark.parametrize(
+    ("said", "sent"),
+    [
+        ([("a", 1.0), ("b", 0.5)], [("a", 1.0), ("b", 0.5)]),
+        ({"b": 0.5, "a": -1}, [("b", 0.5), ("a", -1.0)]),
+        (["a", ("b", 0)], [("a", None), ("b", 0.0)]),
+        ((), []),
+    ],
+)
+def test_several_adapters_are_sent_in_order_with_their_weights(client, server, said, sent):
+    client.generate("abc", adapter=said)
+    list(client.stream("abc", adapter=said))
+    for request in server.requests:
+        assert request.adapter == ""
+        assert [(e.name, e.weight if e.HasField("weight") else None) for e in request.adapters] == sent
+
+
+@pytest.mark.parametrize("said", [[("a", "much")], ["a", 3], ("a", 0.5), [("a",)], [(1, 0.5)], {"a": None}])
+def test_what_is_no_list_of_adapters_is_refused_before_it_is_sent(client, server, said):
+    with pytest.raises(weft.InvalidRequest, match=r"adapters\[\d\] must be a name or a name and a number") as caught:
+        client.generate("abc", adapter=said)
+    assert caught.value.violations[0].field.startswith("adapters[")
+    assert not server.requests
+
+
 def test_what_is_not_said_is_left_to_the_server(client, server):
     client.generate("abc")
     (request,) = server.requests
