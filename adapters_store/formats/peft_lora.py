@@ -50,7 +50,14 @@ BECAUSE = {
 }
 
 SERVES = (
-    Served("LoRA", "arXiv 2106.09685", "low_rank", "PEFT LORA", survey=True, refuses="target_parameters of experts"),
+    Served(
+        "LoRA",
+        "arXiv 2106.09685",
+        "low_rank",
+        "PEFT LORA, pissa and olora starts among them",
+        survey=True,
+        refuses="target_parameters of experts; starts that no file holds: pissa_niter, corda, lora_ga, loftq",
+    ),
     Served("rsLoRA", "arXiv 2312.03732", "low_rank", "PEFT LORA, use_rslora"),
     Served("DoRA", "arXiv 2402.09353", "scale, low_rank, bias", "PEFT LORA, use_dora", survey=True),
     Served("QA-LoRA", "arXiv 2309.14717", "low_rank", "PEFT LORA, use_qalora", survey=True),
@@ -65,13 +72,6 @@ SERVES = (
     Served("BD-LoRA", "PEFT 0.21", "low_rank", "PEFT LORA, use_bdlora"),
     Served("aLoRA", "arXiv 2504.12397", "low_rank, token_mask", "PEFT LORA, alora_invocation_tokens"),
     Served("KaSA", "arXiv 2412.06071", "low_rank", "PEFT LORA, kasa_config"),
-    Served(
-        "PiSSA, OLoRA",
-        "arXiv 2404.02948, 2406.01775",
-        "low_rank",
-        "PEFT LORA, init_lora_weights",
-        refuses="pissa_niter, corda, lora_ga, loftq: what they changed in the backbone is not in the files",
-    ),
     Served("LoRA of embeddings", "PEFT 0.21", "embedding_pair", "PEFT LORA, lora_embedding_A"),
     Served("trainable tokens", "PEFT 0.21", "row_override, rows", "PEFT LORA, trainable_token_indices"),
     Served(

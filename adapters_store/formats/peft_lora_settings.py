@@ -96,6 +96,7 @@ def read_settings(settings: Settings, catalogue: CatalogueInfo) -> tuple[Config,
     settings.finish(METHOD)
     config = Config(sites, embedding, ranks, scales, fold, lora_bias, variant, start, group, blocks, invocation, beside)
     _check_together(config, kinds)
+    _check_start_of_head(config, catalogue)
     return config, notes
 
 
@@ -186,3 +187,12 @@ def _check_together(config: Config, kinds: Mapping[str, str]) -> None:
     rows = config.embedding and config.embedding in config.beside.tokens
     if rows:
         raise expected("trainable_token_indices", "an embedding without LoRA", config.embedding)
+
+
+def _check_start_of_head(config: Config, catalogue: CatalogueInfo) -> None:
+    """What a start takes out of a weight that two modules share is missing in both of them."""
+    head = catalogue.embedding.tied_head if catalogue.embedding is not None else ""
+    start = config.start or (config.variant if config.variant == KASA else "")
+    if start and head in config.sites:
+        why = f"{start} changed the weight of the input embedding as well, which is the same one"
+        raise expected("target_modules", "modules that share no weight", head, why)
