@@ -170,7 +170,8 @@ def _bottleneck(part: Bottleneck, info: CatalogueInfo, dtype: torch.dtype) -> Re
     maps = [list(_map(each, dtype)) for each in (part.down, part.up)]
     norm = (None, None) if part.norm is None else (vector(part.norm[0]), vector(part.norm[1]))
     gate = (None, None) if part.gate is None else _gate(part.gate, width)
-    biases = vector(part.down_bias), vector(part.up_bias)
+    # rows of the maps as it were; in fp32 they would be larger than Kronecker terms are
+    biases = [None if v is None else piece(v, (1, v.elements), dtype) for v in (part.down_bias, part.up_bias)]
     # epsilon as the bits of a float: options are integers
     epsilon = 0 if part.norm is None else int(torch.tensor(part.norm[2], dtype=FP32).view(torch.int32))
     terms = [len(each.terms) if isinstance(each, KronSum) else 0 for each in (part.down, part.up)]

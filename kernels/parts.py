@@ -99,7 +99,7 @@ def bottleneck(h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, carried: Ca
     """What h [rows, d] becomes, in fp32.
 
     options:  tap, function, terms of the two maps (0: a matrix), bits of the norm's epsilon
-    pieces:   norm weight, norm bias, gate weight, gate bias, skip, down bias, up bias, down.., up.. (``_mapped``)
+    pieces:   norm weight, norm bias, gate weight, gate bias, skip, all in fp32; down bias, up bias; down.., up..
     """
     tap, function, down_terms, up_terms, epsilon = carried.record.options
     norm_weight, norm_bias, gate, gate_bias, skip, down_bias, up_bias, *maps = carried.pieces
