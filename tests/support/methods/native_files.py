@@ -25,9 +25,10 @@ Config = Mapping[str, Any]
 
 
 def write(folder: Path, peft_type: str, tensors: Mapping[str, Tensor], **settings: Any) -> Path:
-    """Both files of an adapter; tensors under the names given."""
+    """Both files of an adapter; tensors under the names given, no setting that is ``...``."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"peft_type": peft_type, "format_version": 1, **settings}
+    said = {"peft_type": peft_type, "format_version": 1, **settings}
+    config = {key: value for key, value in said.items() if value is not ...}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file({name: t.contiguous().clone() for name, t in tensors.items()}, str(folder / "adapter_model.safetensors"))
     return folder
