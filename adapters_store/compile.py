@@ -1,11 +1,13 @@
 """Compiles a parsed adapter: reads its values, folds them to the normal form, proves the fold, lays out the image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import frexp
 
 import torch
 from torch import Tensor
 
+from weft.adapters_store.banks import REFERENCE_WORDS, bank_bytes, bank_image, banks_of, counted, reference
 from weft.adapters_store.errors import AdapterTooLarge, StoreBug
 from weft.adapters_store.fold import (
     Folded,
@@ -16,8 +18,8 @@ from weft.adapters_store.fold import (
     record_words,
     site_bytes,
 )
-from weft.adapters_store.operators import Kron, LowRank, ParsedAdapter
-from weft.adapters_store.parts import TAPS, Bottleneck
+from weft.adapters_store.operators import Bank, Kron, LowRank, ParsedAdapter, SiteOperators
+from weft.adapters_store.parts import TAPS, Bottleneck, Part
 from weft.adapters_store.plans import RecordPlan, module_of, plan_part
 from weft.adapters_store.proof import prove
 from weft.adapters_store.report import AdapterReport, SiteSummary
@@ -43,55 +45,105 @@ from weft.kernels.layout import (
 WORD_BYTES = 4
 
 
+Keep = Callable[[str, Tensor], None]
+
+
 def compile_adapter(
-    parsed: ParsedAdapter, catalogue: SiteCatalogue, geometry: Geometry, bytes_max: int
+    parsed: ParsedAdapter,
+    catalogue: SiteCatalogue,
+    geometry: Geometry,
+    bytes_max: int,
+    keep: Keep | None = None,
 ) -> tuple[Tensor, AdapterReport]:
     """The block of an adapter, uint8 on the host, and the report of what became of it.
 
-    bytes_max:  the most a block may take; judged from shapes, before anything is allocated
+    bytes_max:  the most a block and the banks that it refers to may take; judged from shapes, before anything is
+                allocated
+    keep:       given the digest and the image of each bank
     AdapterInvalid if a value cannot be served, AdapterTooLarge if the block would not fit.
     """
-    nbytes = block_bytes(parsed, geometry, catalogue)
-    if nbytes > bytes_max:
-        raise AdapterTooLarge(f"device memory: expected a block of at most {bytes_max} bytes, got one of {nbytes}")
+    _require_room(parsed, catalogue, geometry, bytes_max)
     values = Values(parsed, catalogue)
     for ref, path in parsed.copies:
         values.require_copy(ref, path, catalogue)
     for ref in parsed.zeros:
         values.require_zeros(ref)
-    info, terms, summaries, records = catalogue.info, dict[int, SiteTerms](), list[SiteSummary](), list[Extra]()
+    block = _Block(catalogue, geometry, values, banks_of(parsed))
+    shared = [bank_image(bank, values, geometry) for bank in block.banks]
+    for number, (digest, image) in enumerate(shared):
+        block.records.append(reference(number, digest))
+        if keep is not None:
+            keep(digest, image)
     for path, said in parsed.sites.items():
-        index = info.index[path]
-        folded = fold_site(info.sites[index], said, values, catalogue, geometry.dtype)
-        prove(folded, said, values, catalogue)
-        if not folded.empty:
-            terms[index] = folded.rounded(geometry.dtype)
-        records += [plan.fill(values) for plan in folded.deltas]
-        summaries.append(_summary(folded, site_bytes(said, folded.site, geometry.dtype)))
-        values.next_site()
+        block.add_site(path, said)
     for part in parsed.parts:
-        plan = plan_part(part, info, geometry.dtype)
+        block.add_part(part)
+    image = block.image()
+    notes = *parsed.notes, *_notes(parsed, values, geometry.dtype), *_shared_notes(shared)
+    traits = traits_of(directory(image))
+    return image, AdapterReport(parsed.method, parsed.dialect, image.numel(), tuple(block.summaries), notes, traits)
+
+
+def _require_room(parsed: ParsedAdapter, catalogue: SiteCatalogue, geometry: Geometry, bytes_max: int) -> None:
+    shared = sum(bank_bytes(bank, geometry) for bank in banks_of(parsed))
+    nbytes = block_bytes(parsed, geometry, catalogue) + shared
+    if nbytes > bytes_max:
+        raise AdapterTooLarge(f"device memory: expected a block of at most {bytes_max} bytes, got one of {nbytes}")
+
+
+@dataclass
+class _Block:
+    """What goes into an image, while it is gathered."""
+
+    catalogue: SiteCatalogue
+    geometry: Geometry
+    values: Values
+    banks: list[Bank]
+    terms: dict[int, SiteTerms] = field(default_factory=dict)
+    records: list[Extra] = field(default_factory=list)
+    summaries: list[SiteSummary] = field(default_factory=list)
+
+    def add_site(self, path: str, said: SiteOperators) -> None:
+        """The operators of one linear."""
+        info, dtype = self.catalogue.info, self.geometry.dtype
+        index = info.index[path]
+        folded = fold_site(info.sites[index], said, self.values, self.catalogue, dtype)
+        prove(folded, said, self.values, self.catalogue)
+        if not folded.empty:
+            self.terms[index] = folded.rounded(dtype)
+        for plan in folded.deltas:
+            number = None if plan.bank is None else self.banks.index(plan.bank)
+            self.records.append(counted(plan.fill(self.values), number))
+        self.summaries.append(_summary(folded, site_bytes(said, folded.site, dtype)))
+        self.values.next_site()
+
+    def add_part(self, part: Part) -> None:
+        """What is no linear."""
+        info, dtype = self.catalogue.info, self.geometry.dtype
+        plan = plan_part(part, info, dtype)
         if plan is not None:
-            records.append(plan.fill(values))
-            summaries.append(_record_summary(plan))
+            self.records.append(plan.fill(self.values))
+            self.summaries.append(_record_summary(plan))
         else:
             assert isinstance(part, Bottleneck)
             index = len(info.sites) + info.hidden_index[part.layer, part.after]
-            terms[index] = fold_bottleneck(part, values, geometry.dtype, TAPS.index(part.tap))
-            summaries.append(_bottleneck_summary(part, info, geometry.dtype))
-        values.next_site()
-    records.sort(key=lambda record: (record.kind, record.place))
-    image = pack(geometry, terms, records)
-    _check_image(image, geometry, terms, records)
-    report = AdapterReport(
-        parsed.method,
-        parsed.dialect,
-        image.numel(),
-        tuple(summaries),
-        (*parsed.notes, *_notes(parsed, values, geometry.dtype)),
-        traits_of(directory(image)),
-    )
-    return image, report
+            self.terms[index] = fold_bottleneck(part, self.values, dtype, TAPS.index(part.tap))
+            self.summaries.append(_bottleneck_summary(part, info, dtype))
+        self.values.next_site()
+
+    def image(self) -> Tensor:
+        """All of it, laid out and read back."""
+        self.records.sort(key=lambda record: (record.kind, record.place))
+        image = pack(self.geometry, self.terms, self.records)
+        _check_image(image, self.geometry, self.terms, self.records)
+        return image
+
+
+def _shared_notes(shared: Sequence[tuple[str, Tensor]]) -> list[str]:
+    return [
+        f"{image.numel()} bytes of factors are shared with every adapter that has the same ({digest[:12]})"
+        for digest, image in shared
+    ]
 
 
 def block_bytes(parsed: ParsedAdapter, geometry: Geometry, catalogue: SiteCatalogue) -> int:
@@ -108,6 +160,7 @@ def block_bytes(parsed: ParsedAdapter, geometry: Geometry, catalogue: SiteCatalo
         )
         if krons:
             words = round_up(words, UNIT // WORD_BYTES) + krons * KRON_WORDS
+    words += REFERENCE_WORDS * len(banks_of(parsed))
     for path, said in parsed.sites.items():
         words += record_words(said.operators, info.sites[info.index[path]], geometry.dtype)
     for part in parsed.parts:

@@ -27,6 +27,8 @@ LABEL_CHARACTERS = 12
 
 # digests of versions and their weights, in order
 Members = tuple[tuple[str, float], ...]
+# a version, and its members if it is a derived one
+Source = tuple[str, Members]
 
 
 def derive(members: Iterable[tuple[str, float]]) -> tuple[str | None, Members]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from weft.adapters_store.arena import Move, copy_overlapping
 from weft.adapters_store.compile import block_bytes, compile_adapter
-from weft.adapters_store.composition import Members, read_composed
+from weft.adapters_store.composition import Members, Source, read_composed
 from weft.adapters_store.errors import (
     AdapterCorrupt,
     AdapterError,
@@ -51,10 +51,15 @@ class PrepareJob:
 
 @dataclass(frozen=True)
 class SizeJob:
-    """Say how large a version's block is; its image is made if there is none. ``members`` of a derived version."""
+    """Say how large a version's block is; its image is made if there is none.
+
+    members:  of a derived version
+    source:   of a bank: a version that refers to it, and the members of that if it is a derived one
+    """
 
     digest: str
     members: Members = ()
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class LoadJob:
     moves: tuple[Move, ...]
     ready: "torch.cuda.Event | None"
     members: Members = ()
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,8 @@ class Loader:
 
     def _compile(self, parsed: ParsedAdapter, digest: str, images: Images) -> AdapterReport:
         try:
-            block, report = compile_adapter(parsed, self._catalogue, self._geometry, self._bytes_max)
+            keep = self._images.write
+            block, report = compile_adapter(parsed, self._catalogue, self._geometry, self._bytes_max, keep)
         except MemoryError:
             raise AdapterTooLarge("host memory: expected room to compile this adapter, got none") from None
         images.write(digest, block)
@@ -232,11 +239,14 @@ class Loader:
     def _make_again(self, job: SizeJob | LoadJob, reason: Exception) -> int:
         if isinstance(reason, AdapterCorrupt):
             log.warning("the image of %.12s is damaged: compiling it again", job.digest)
-        if job.members:
-            return self._compose(job.digest, job.members).device_bytes
+        digest, members = job.source or (job.digest, job.members)
         try:
-            return self._prepare(job.digest).device_bytes
+            report = self._compose(digest, members) if members else self._prepare(digest)
+            return report.device_bytes if job.source is None else self._images.nbytes(job.digest)
         except AdapterInvalid as error:
+            if members:
+                # each is valid, so it is the list that is not
+                raise
             # it was valid when it was registered, so it was for another backbone
             raise AdapterIncompatible(error.message, error.field) from error
 

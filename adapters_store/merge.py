@@ -21,6 +21,7 @@ from weft.adapters_store.operators import (
     ParsedAdapter,
     Rows,
     Scale,
+    Shared,
     SiteOperators,
     Sparse,
 )
@@ -136,6 +137,8 @@ def _weighted(operator: Operator, member: Member, path: str) -> Operator:
             return replace(operator, delta=times(delta, w))
         case Rows() | Dense():
             raise needs_one(member.label, w, f"it replaces the weight of {path}")
+        case Shared(_, _, outer):
+            return replace(operator, outer=times(outer, w))
         case Scale(_, of_input):
             raise needs_one(member.label, w, f"it scales the {'input' if of_input else 'output'} of {path}")
 

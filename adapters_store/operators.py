@@ -107,7 +107,24 @@ class Dense:
     replaces: bool = False
 
 
-Operator = LowRank | Kron | Scale | Bias | Sparse | Rows | Columns | Dense
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """Factors of which several sites, and several adapters, read parts: a [rank, widest in], b [tallest out, rank]."""
+
+    a: Value
+    b: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """y += outer ⊙ (b (inner ⊙ (a x))) with the first columns of the bank's a and the first rows of its b."""
+
+    bank: Bank
+    inner: Value
+    outer: Value
+
+
+Operator = Shared | LowRank | Kron | Scale | Bias | Sparse | Rows | Columns | Dense
 
 
 @dataclass(frozen=True, slots=True)

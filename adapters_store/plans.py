@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from weft.adapters_store.operators import Columns, Dense, LowRank, Operator, Rows, Sparse
+from weft.adapters_store.operators import Bank, Columns, Dense, LowRank, Operator, Rows, Shared, Sparse
 from weft.adapters_store.parts import (
     TAPS,
     Bottleneck,
@@ -58,7 +58,7 @@ class PiecePlan:
 
 @dataclass(frozen=True, slots=True)
 class RecordPlan:
-    """One record, what it is called in the report, and the module that the report names."""
+    """One record, what it is called in the report, the module that the report names, and the bank that it uses."""
 
     kind: Kind
     place: int
@@ -67,6 +67,7 @@ class RecordPlan:
     module: str
     words: str
     rank: int = 0
+    bank: Bank | None = None
 
     @property
     def head_words(self) -> int:
@@ -126,6 +127,11 @@ def plan_delta(operator: Operator, site: SiteInfo, place: int, dtype: torch.dtyp
             rank = a.shape[0]
             pair = piece(a, (rank, wide), dtype), piece(b, (rank, tall), dtype, lambda t: t.T * scale)
             return record(Kind.GATED, f"gated low_rank r={rank}", *pair, *_gate(gate, wide), rank=rank)
+        case Shared(bank, inner, outer):
+            rank = inner.elements
+            diagonals = vector(inner), vector(outer)
+            # the number is the compiler's to say
+            return RecordPlan(Kind.SHARED, place, (0,), diagonals, site.path, f"shared low_rank r={rank}", rank, bank)
     return None
 
 

@@ -21,6 +21,7 @@ from weft.adapters_store.operators import (
     Operator,
     Rows,
     Scale,
+    Shared,
     SiteOperators,
     Sparse,
 )
@@ -129,3 +130,5 @@ def _first_tensor(operator: Operator) -> str:
             return index.name
         case Dense(delta):
             return delta.name
+        case Shared(_, inner, _):
+            return inner.name

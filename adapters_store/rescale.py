@@ -9,7 +9,19 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from weft.adapters_store.operators import Bias, Columns, Dense, Factor, Kron, LowRank, Operator, Rows, Scale, Sparse
+from weft.adapters_store.operators import (
+    Bias,
+    Columns,
+    Dense,
+    Factor,
+    Kron,
+    LowRank,
+    Operator,
+    Rows,
+    Scale,
+    Shared,
+    Sparse,
+)
 from weft.adapters_store.parts import Gate
 from weft.adapters_store.tensor_refs import Computed, Value
 
@@ -24,6 +36,8 @@ def scaled(operator: Operator, vector: Value, path: str) -> Operator:
             return replace(operator, b=_made(b, lambda t, v: t * v[:, None], vector))
         case Kron():
             return scaled(multiplied_out(operator), vector, path)
+        case Shared(_, _, outer):
+            return replace(operator, outer=_made(outer, lambda t, v: t * v.view_as(t), vector))
         case Sparse(index, values):
             # only the weight says how long a row is
             return replace(operator, values=_made(values, _by_row, index, vector, parameters=(f"{path}.weight",)))
@@ -45,6 +59,8 @@ def fed(operator: Operator, vector: Value) -> Operator:
             return replace(operator, a=_made(a, lambda t, v: t * v, vector), gate=gate)
         case Kron():
             return fed(multiplied_out(operator), vector)
+        case Shared():
+            return fed(written_out(operator, vector.elements), vector)
         case Sparse(index, values):
             return replace(operator, values=_made(values, lambda t, i, v: t * v[i % len(v)].view_as(t), index, vector))
         case Rows(_, rows):
@@ -55,6 +71,14 @@ def fed(operator: Operator, vector: Value) -> Operator:
             return replace(operator, delta=_made(delta, lambda t, v: t * v, vector))
         case Bias() | Scale():
             return operator
+
+
+def written_out(shared: Shared, wide: int) -> LowRank:
+    """The same operator with factors of its own, for a linear with inputs [wide]."""
+    bank, rank, tall = shared.bank, shared.inner.elements, shared.outer.elements
+    a = Computed(shared.inner.name, (rank, wide), lambda a, d: a[:, :wide] * d.view(-1, 1), (bank.a, shared.inner))
+    b = Computed(shared.outer.name, (tall, rank), lambda b, d: b[:tall] * d.view(-1, 1), (bank.b, shared.outer))
+    return LowRank(a, b)
 
 
 def multiplied_out(kron: Kron) -> LowRank | Dense:

@@ -7,19 +7,20 @@ moves and never leaves. Of the rest the least recently used leaves first.
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum, auto
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
 import torch
 
 from weft.adapters_store.arena import Arena, Move
-from weft.adapters_store.composition import Members
+from weft.adapters_store.banks import shared_digests
+from weft.adapters_store.composition import Members, Source
 from weft.adapters_store.errors import AdapterError, AdapterTooLarge
 from weft.adapters_store.loader import Done, Loader, LoadJob, PrepareJob, RemoveJob, SizeJob
 from weft.adapters_store.report import AdapterReport
 from weft.adapters_store.sites import SiteCatalogue
+from weft.adapters_store.versions import State, Version
 from weft.kernels.batch import Block
 from weft.kernels.layout import Directory, Geometry
 
@@ -33,10 +34,11 @@ COMPOSED_IDLE_MAX = 256
 
 @dataclass(frozen=True, eq=False)
 class Lease:
-    """An adapter in use: its block stays where it is until the lease is released."""
+    """An adapter in use: its block, and the banks that it refers to, stay where they are until it is released."""
 
     digest: str
     block: Block
+    banks: tuple["Lease", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,41 +67,6 @@ class ResidencyStats:
     load_s: tuple[float, ...]
 
 
-class _State(Enum):
-    SIZING = auto()  # the loader finds out how large the block is
-    ABSENT = auto()  # known, not in the arena
-    WRITING = auto()  # has a place in the arena; the loader writes there
-    RESIDENT = auto()
-
-
-@dataclass(eq=False)
-class _Version:
-    """What is known of one version.
-
-    members:       of a derived version
-    nbytes:        of its block; 0 means unknown
-    offset:        of its block in the arena; -1 means that it has none
-    directory:     of its block once it has been written
-    block:         while RESIDENT
-    unclaimed:     polls before which the block is kept for whoever made it load; 0 once it was acquired
-    asked:         the poll at which a derived version was last asked for
-    error, until:  why the last load failed, and how long that is news
-    """
-
-    digest: str
-    members: Members = ()
-    state: _State = _State.ABSENT
-    nbytes: int = 0
-    offset: int = -1
-    directory: Directory | None = None
-    block: Block | None = None
-    uses: int = 0
-    unclaimed: int = 0
-    asked: int = 0
-    error: AdapterError | None = None
-    until: float = 0.0
-
-
 class Residency:
     """Adapters between disk and arena, for one backbone.
 
@@ -118,11 +85,11 @@ class Residency:
     ) -> None:
         self._arena, self._on_evict = arena, on_evict
         self._loader = Loader(root, catalogue, geometry, arena.buffer, arena.nbytes)
-        self._versions: dict[str, _Version] = {}
+        self._versions: dict[str, Version] = {}
         # residents that nobody uses, the least recently used first
-        self._idle: dict[str, _Version] = {}
+        self._idle: dict[str, Version] = {}
         # derived versions, those asked for least recently first
-        self._composed: dict[str, _Version] = {}
+        self._composed: dict[str, Version] = {}
         # versions without a name that are still in use or under way
         self._forgotten: set[str] = set()
         self._keys = itertools.count(1)
@@ -138,36 +105,58 @@ class Residency:
         self._forgotten.discard(digest)
         self._loader.submit(PrepareJob(digest))
 
-    def acquire(self, digest: str, members: Members = ()) -> Lease | None:
+    def acquire(self, digest: str, members: Members = (), source: Source | None = None) -> Lease | None:
         """A lease, or None while the adapter is being loaded or has to wait for room: ask again at the next step.
 
         members:  of a derived version, whose digest it is
+        source:   of a bank: the version that refers to it, and the members of that
         AdapterTooLarge if it can never fit; AdapterCorrupt, AdapterIncompatible, StoreIOError if it cannot be loaded;
         AdapterInvalid if members do not go together.
         """
-        version = self._versions.setdefault(digest, _Version(digest, members))
+        version = self._versions.setdefault(digest, Version(digest, members, source))
         if members:
             self._composed.pop(digest, None)
             self._composed[digest], version.asked = version, self._polls
         if version.error is not None and time.monotonic() < version.until:
             raise version.error
-        if version.state is _State.ABSENT:
+        if version.state is State.ABSENT:
             self._bring(version)
-        if version.state is not _State.RESIDENT:
+        if version.state is not State.RESIDENT:
             return None
         assert version.block is not None
+        banks = self._acquire_banks(version)
+        if banks is None:
+            return None
         if not version.unclaimed:
             self._hits += 1
         version.unclaimed = 0
         version.uses += 1
         self._idle.pop(digest, None)
-        return Lease(digest, version.block)
+        block = replace(version.block, banks=tuple(bank.block for bank in banks)) if banks else version.block
+        return Lease(digest, block, banks)
+
+    def _acquire_banks(self, version: Version) -> tuple[Lease, ...] | None:
+        """Leases on all that a version refers to, or None while any is not there."""
+        assert version.directory is not None
+        held: list[Lease] = []
+        for digest in shared_digests(version.directory):
+            lease = self.acquire(digest, source=(version.digest, version.members))
+            if lease is None:
+                for each in held:
+                    self.release(each)
+                # it stays for as long as somebody asks
+                version.unclaimed = self._claims_until = self._polls + CLAIM_POLLS
+                return None
+            held.append(lease)
+        return tuple(held)
 
     def release(self, lease: Lease) -> None:
         """End a use. The block stays until its room is needed, or leaves at once if the version was forgotten."""
         version = self._versions[lease.digest]
         assert version.uses > 0, "release without acquire"
         version.uses -= 1
+        for bank in lease.banks:
+            self.release(bank)
         if not version.uses:
             self._idle[lease.digest] = version
             self._no_room_bytes = inf
@@ -240,18 +229,18 @@ class Residency:
         derived = {v.digest for v in self._versions.values() if v.members}
         assert derived == set(self._composed), "derived versions are known as such"
         for version in self._versions.values():
-            resident = version.state is _State.RESIDENT
+            resident = version.state is State.RESIDENT
             assert (version.block is not None) == resident, "resident means that there is a block"
-            assert (version.offset >= 0) == (resident or version.state is _State.WRITING), "place and state disagree"
+            assert (version.offset >= 0) == (resident or version.state is State.WRITING), "place and state disagree"
             assert resident or not version.uses, "only residents are used"
             assert (version.digest in self._idle) == (resident and not version.uses), "idle is resident and unused"
             if version.block is not None:
                 assert version.block.offset == version.offset, "the block is elsewhere"
 
-    def _bring(self, version: _Version) -> None:
+    def _bring(self, version: Version) -> None:
         if not version.nbytes:
-            version.state = _State.SIZING
-            self._loader.submit(SizeJob(version.digest, version.members))
+            version.state = State.SIZING
+            self._loader.submit(SizeJob(version.digest, version.members, version.source))
             return
         if version.nbytes > self._arena.nbytes:
             wanted = f"a block of at most {self._arena.nbytes} bytes"
@@ -260,12 +249,14 @@ class Residency:
         if place is None:
             return
         version.offset, moves = place
-        version.state = _State.WRITING
+        version.state = State.WRITING
         buffer = self._arena.buffer
         # whatever still reads the old bytes was launched before this
         ready = torch.cuda.current_stream(buffer.device).record_event() if buffer.is_cuda else None
         moved = tuple(moves)
-        self._loader.submit(LoadJob(version.digest, version.offset, version.nbytes, moved, ready, version.members))
+        self._loader.submit(
+            LoadJob(version.digest, version.offset, version.nbytes, moved, ready, version.members, version.source)
+        )
 
     def _make_room(self, nbytes: int) -> tuple[int, list[Move]] | None:
         """Where a block of this size can go now, and which moves make it free; None if it has to wait."""
@@ -289,7 +280,7 @@ class Residency:
             self._evict(idle.pop(0))
         return offset, []
 
-    def _may_leave(self, version: _Version) -> bool:
+    def _may_leave(self, version: Version) -> bool:
         return version.digest in self._idle and version.unclaimed <= self._polls
 
     def _move(self, moves: list[Move]) -> None:
@@ -297,24 +288,24 @@ class Residency:
         for move in moves:
             self._arena.move(move)
             self._hide(at[move.source])
-            at[move.source].offset, at[move.source].state = move.target, _State.WRITING
+            at[move.source].offset, at[move.source].state = move.target, State.WRITING
 
-    def _evict(self, version: _Version) -> None:
+    def _evict(self, version: Version) -> None:
         """Give the block's room back; the version can be loaded again."""
         self._arena.free(version.offset)
         self._hide(version)
-        version.offset, version.directory, version.state = -1, None, _State.ABSENT
+        version.offset, version.directory, version.state = -1, None, State.ABSENT
         self._evictions += 1
 
-    def _hide(self, version: _Version) -> None:
+    def _hide(self, version: Version) -> None:
         """Whatever was remembered of the block was about the place where it no longer is."""
         assert version.block is not None
         self._on_evict(version.block.key)
         version.block, version.unclaimed = None, 0
         del self._idle[version.digest]
 
-    def _show(self, version: _Version, directory: Directory) -> None:
-        version.directory, version.state = directory, _State.RESIDENT
+    def _show(self, version: Version, directory: Directory) -> None:
+        version.directory, version.state = directory, State.RESIDENT
         version.block = Block(next(self._keys), version.offset, version.nbytes, directory)
         self._idle[version.digest] = version
 
@@ -323,12 +314,20 @@ class Residency:
         for digest in tuple(self._forgotten):
             version = self._versions[digest]
             if self._may_leave(version):
+                self._forgotten |= self._banks_only_of(version)
                 self._evict(version)
-            if version.state is _State.ABSENT:
+            if version.state is State.ABSENT:
                 self._forgotten.discard(digest)
                 del self._versions[digest]
                 self._composed.pop(digest, None)
                 self._loader.submit(RemoveJob(digest, version.members))
+
+    def _banks_only_of(self, version: Version) -> set[str]:
+        """The banks that no other resident refers to: whoever comes later makes them again."""
+        others = [v.directory for v in self._versions.values() if v is not version and v.directory is not None]
+        kept = {digest for head in others for digest in shared_digests(head)}
+        assert version.directory is not None
+        return {d for d in shared_digests(version.directory) if d not in kept and d in self._versions}
 
     def _forget_composed(self) -> None:
         """Forget the derived versions that were asked for least recently, down to what is worth keeping."""
@@ -346,13 +345,13 @@ class Residency:
 
     def _prepared(self, digest: str, done: Done) -> None:
         if done.error is None:
-            version = self._versions.setdefault(digest, _Version(digest))
+            version = self._versions.setdefault(digest, Version(digest))
             version.error = None
-            if version.state is _State.ABSENT:
+            if version.state is State.ABSENT:
                 version.nbytes = done.nbytes
 
-    def _sized(self, version: _Version, done: Done) -> None:
-        version.state, version.nbytes = _State.ABSENT, done.nbytes
+    def _sized(self, version: Version, done: Done) -> None:
+        version.state, version.nbytes = State.ABSENT, done.nbytes
         self._note(version, done.error)
 
     def _loaded(self, job: LoadJob, done: Done) -> None:
@@ -366,12 +365,12 @@ class Residency:
         self._note(version, done.error)
         if done.directory is None:
             self._arena.free(version.offset)
-            version.offset, version.nbytes, version.state = -1, 0, _State.ABSENT
+            version.offset, version.nbytes, version.state = -1, 0, State.ABSENT
             return
         self._show(version, done.directory)
         version.unclaimed = self._claims_until = self._polls + CLAIM_POLLS
         self._loads += 1
         self._load_s.append(done.seconds)
 
-    def _note(self, version: _Version, error: AdapterError | None) -> None:
+    def _note(self, version: Version, error: AdapterError | None) -> None:
         version.error, version.until = error, time.monotonic() + ERROR_S

@@ -22,12 +22,14 @@ class Block:
     offset:     bytes from the start of the arena, a multiple of ALIGN
     nbytes:     length
     directory:  its head, on the host
+    banks:      blocks of factors that it shares with others, by their numbers in its records
     """
 
     key: int
     offset: int
     nbytes: int
     directory: Directory
+    banks: tuple["Block", ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,6 +87,12 @@ class Kernels(ABC):
 
     def _pieces_of(self, block: Block | None, record: Record) -> Pieces:
         assert block is not None
+        if record.kind is Kind.SHARED:
+            bank = block.banks[record.options[0]]
+            return (*self._own_pieces_of(block, record), *self._own_pieces_of(bank, bank.directory.records[0]))
+        return self._own_pieces_of(block, record)
+
+    def _own_pieces_of(self, block: Block, record: Record) -> Pieces:
         known = self._pieces.setdefault(block.key, {})
         if record not in known:
             known[record] = tuple(None if p is None else self._views.piece(block.offset, p) for p in record.pieces)

@@ -33,7 +33,8 @@ class Kind(IntEnum):
         COLUMNS     I column [k]; F columns [k, out]:      y += x[:, column] columns
         DENSE       F delta [out, in]
         GATED       F a [r, in]; F b [r, out]; V gate [1, in]; [V gate bias [1]]:  y += gate(x) · (x aᵀ) b
-        SHARED      V inner [r]; V outer [out]; options: number of the bank's matrices a and b
+        SHARED      V inner [r]; V outer [out]; options: number of a bank (a, b):
+                    y += outer ⊙ ((inner ⊙ (x a[:, :in]ᵀ)) b[:, :out])
     Elsewhere:
         NORM        [V weight [d]]; [V bias [d]] in the place of the norm's own, place = norm
         BOTTLENECK  place = hidden place: see ``parts.Bottleneck``
@@ -42,6 +43,8 @@ class Kind(IntEnum):
         SOFT        F rows [v, d] in front of the text
         EMBED_ROWS  I id [n], ascending; F rows [n, d] in the place of what the embedding puts out
         EMBED_PAIR  F a [vocabulary, r]; F b [r, d]; [V outer [d]]:  embedding(id) = outer ⊙ embedding(id) + a[id] b
+        BANK        in a block of its own: F a [r, widest in]; F b [r, tallest out]
+        SHARES      options: the eight words of a bank's digest; place = its number
         MASK        I tokens [k]: operators begin where these tokens occur last in the prompt
     """
 
@@ -58,6 +61,8 @@ class Kind(IntEnum):
     EMBED_ROWS = 20
     EMBED_PAIR = 21
     MASK = 22
+    BANK = 30
+    SHARES = 31
     SIDE = 23
 
 

@@ -12,11 +12,11 @@ from weft.adapters_store.errors import expected
 from weft.adapters_store.formats.about import Served
 from weft.adapters_store.formats.peft_linears import adapter, read_targets, read_tensors, sizes
 from weft.adapters_store.formats.settings import Settings
-from weft.adapters_store.formats.tensors import Roles, require_shape
-from weft.adapters_store.operators import LowRank, ParsedAdapter, SiteOperators
+from weft.adapters_store.formats.tensors import require_shape
+from weft.adapters_store.operators import Bank, ParsedAdapter, Shared, SiteOperators
 from weft.adapters_store.safetensors_header import Header
-from weft.adapters_store.sites import CatalogueInfo, SiteInfo
-from weft.adapters_store.tensor_refs import Computed, TensorRef
+from weft.adapters_store.sites import CatalogueInfo
+from weft.adapters_store.tensor_refs import Computed, TensorRef, Value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +25,8 @@ VERA, PVERA = "VERA", "PVERA"
 NOT_SAVED = "the random matrices are not in the file then, and other machines may draw others"
 REFUSES = f"save_projection=false: {NOT_SAVED}"
 SERVES = (
-    Served("VeRA", "2310.11454", "low_rank", "PEFT VERA", refuses=REFUSES),
-    Served("PVeRA", "2512.07703", "low_rank", "PEFT PVERA", refuses=f"sample_at_inference; {REFUSES}"),
+    Served("VeRA", "2310.11454", "shared low_rank", "PEFT VERA", refuses=REFUSES),
+    Served("PVeRA", "2512.07703", "shared low_rank", "PEFT PVERA", refuses=f"sample_at_inference; {REFUSES}"),
 )
 
 
@@ -57,12 +57,13 @@ def _parse(
     wide, tall = max(s.in_features for s in targets.sites), max(s.out_features for s in targets.sites)
     _check_shared(shared_a, halves * rank, wide, 1, "inputs")
     _check_shared(shared_b, rank, tall, 0, "outputs")
+    bank = Bank(_first(shared_a, rank), shared_b)
     sites: dict[str, SiteOperators] = {}
     for site in targets.sites:
         tensors = found.by_site[site.path]
         require_shape(tensors[inner], (halves * rank,), f"r is {rank}")
         require_shape(tensors[outer], (site.out_features,), sizes(site))
-        sites[site.path] = _operators(tensors, (inner, outer), shared_a, shared_b, site, rank)
+        sites[site.path] = SiteOperators((Shared(bank, _first(tensors[inner], rank), tensors[outer]),))
     return adapter(method, targets, found, sites, catalogue)
 
 
@@ -74,19 +75,12 @@ def _check_shared(tensor: TensorRef, rank: int, least: int, axis: int, what: str
         raise expected(tensor.name, wanted, list(shape), f"a module has {least} {what}")
 
 
-def _operators(
-    tensors: Roles, roles: tuple[str, str], a: TensorRef, b: TensorRef, site: SiteInfo, rank: int
-) -> SiteOperators:
-    wide, tall = site.in_features, site.out_features
-    inner, outer = (tensors[role] for role in roles)
+def _first(tensor: TensorRef, rank: int) -> Value:
+    """The first rows of a tensor; the tensor itself where there are no more."""
+    if tensor.shape[0] == rank:
+        return tensor
 
-    def rows(diagonal: "Tensor", a: "Tensor") -> "Tensor":
-        return diagonal[:rank, None] * a[:rank, :wide]
+    def formula(whole: "Tensor") -> "Tensor":
+        return whole[:rank]
 
-    def columns(diagonal: "Tensor", b: "Tensor") -> "Tensor":
-        return diagonal[:, None] * b[:tall]
-
-    pair = LowRank(
-        Computed(inner.name, (rank, wide), rows, (inner, a)), Computed(outer.name, (tall, rank), columns, (outer, b))
-    )
-    return SiteOperators((pair,), ("diagonals into a and b",))
+    return Computed(tensor.name, (rank, *tensor.shape[1:]), formula, (tensor,))

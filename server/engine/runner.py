@@ -35,7 +35,7 @@ class Runner:
         self._kernels = kernels
         self._kv = kv
         self._page_tokens = page_tokens
-        self._rows: OrderedDict[tuple[tuple[int, int, int, int], ...], Rows] = OrderedDict()
+        self._rows: OrderedDict[tuple[tuple[int, int, int, int, tuple[int, ...]], ...], Rows] = OrderedDict()
         self._tables: tuple[dict[int, list[Request]], list[Tensor]] = ({}, [])
 
     def run(self, batch: Batch) -> list[int | None]:
@@ -63,7 +63,7 @@ class Runner:
     def forget(self, key: int) -> None:
         """The block loaded under this key is gone, or moved."""
         self._kernels.forget(key)
-        for kept in [kept for kept in self._rows if any(part[2] == key for part in kept)]:
+        for kept in [kept for kept in self._rows if any(key in (part[2], *part[4]) for part in kept)]:
             del self._rows[kept]
 
     def _layout(self, batch: Batch) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -145,6 +145,7 @@ class Runner:
                 s.stop,
                 -1 if s.block is None else s.block.key,
                 -1 if s.block is None else s.block.offset,
+                () if s.block is None else tuple(bank.key for bank in s.block.banks),
             )
             for s in segments
         )

@@ -1,21 +1,26 @@
 """What a block computes, written out layer by layer: the formulas of its directory and records, in plain torch."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from tests.adapters_store.test_fold_parity import normal_form
 from tests.support.catalogues import ModelSites
+from weft.adapters_store.banks import shared_digests
 from weft.kernels.extras import DELTAS, Extra, Kind
-from weft.kernels.layout import unpack, unpack_records
+from weft.kernels.layout import directory, unpack, unpack_records
 
 
 class Folded:
     """One block on one untouched model."""
 
-    def __init__(self, image: Tensor, sites: ModelSites):
+    def __init__(self, image: Tensor, sites: ModelSites, banks: Mapping[str, Tensor] | None = None):
+        """``banks``: the images that ``compile_adapter`` gave away, by digest."""
         self.sites, geometry = sites, sites.geometry()
+        found = [(banks or {})[digest] for digest in shared_digests(directory(image))]
+        self._banks = [unpack_records(geometry, bank)[0].tensors for bank in found]
         self.terms = unpack(geometry, image)
         self.records = unpack_records(geometry, image)
 
@@ -56,6 +61,11 @@ class Folded:
                 delta[:, first.view(-1).long()] = rest[0].T
             case Kind.DENSE:
                 delta = first
+            case Kind.SHARED:
+                a, b = self._banks[record.options[0]]
+                assert a is not None
+                assert b is not None
+                delta = (rest[0] * b[:, :tall]).T @ (first.T * a[:, :wide])
             case _:
                 raise AssertionError(record.kind)
         return delta

@@ -68,9 +68,10 @@ def compiled(folder, family: str) -> Folded:
     """An adapter's block, on its model."""
     model = sites(family)
     parsed = read_adapter(folder, model.info)
-    image, report = compile_adapter(parsed, model, model.geometry(), 1 << 30)
+    banks: dict[str, Tensor] = {}
+    image, report = compile_adapter(parsed, model, model.geometry(), 1 << 30, banks.__setitem__)
     assert report.device_bytes == image.numel() == block_bytes(parsed, model.geometry(), model)
-    folded = Folded(image, model)
+    folded = Folded(image, model, banks)
     assert {site.module for site in report.sites} == set(folded.touched())
     return folded
 

@@ -1,0 +1,99 @@
+"""The isolation promise, method by method, bit for bit: in batches of one shape no row sees what others carry."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.server.engine.test_methods import CASES, PAIRS
+from tests.support.backbones import VOCABULARY, build
+from weft.adapters_store.traits import traits_of
+from weft.kernels.batch import Block, Segment, SoftSpan
+from weft.kernels.extras import Kind
+from weft.server.backbone.model import Backbone
+from weft.server.backbone.step import PagedKV, PrefillSpan, Step
+from weft.server.engine.config import EngineConfig
+from weft.server.engine.offline import OfflineEngine
+
+TOKENS = 8
+# sequences of a batch
+COMPANY = 10
+
+
+class Batch:
+    """Batches of a few sequences, always of one shape, in which each carries a method of a family."""
+
+    def __init__(self, family: str, folder: Path):
+        config = EngineConfig(
+            model=family, store=str(folder / "store"), adapter_memory_bytes_max=64 << 20, kv_bytes_max=4 << 20
+        )
+        self.offline = OfflineEngine(config, Backbone(build(family)))
+        self.names = [name for of, name in PAIRS if of == family]
+        self.blocks = {name: self._block(name, family, folder / name) for name in self.names}
+        generator = torch.Generator().manual_seed(3)
+        self.ids = torch.randint(3, VOCABULARY, (COMPANY * TOKENS,), generator=generator)
+
+    def company(self, name: str) -> list[str]:
+        """A method and those that follow it in the list, as many as a batch has sequences."""
+        at = self.names.index(name)
+        return [self.names[(at + i) % len(self.names)] for i in range(COMPANY)]
+
+    def _block(self, name: str, family: str, folder: Path) -> Block:
+        digest = self.offline.register(name, CASES[name].make(family, folder, sum(name.encode())))
+        residency = self.offline.engine.residency
+        while (lease := residency.acquire(digest)) is None:
+            self.offline.engine.step()
+        # never released: blocks stay where they are
+        return lease.block
+
+    def logits(self, carried: Sequence[str | None]) -> Tensor:
+        """Logits [sequences, tokens, vocabulary] of one pass in which sequence i carries ``carried[i]``."""
+        backbone, kernels = self.offline.engine.backbone, self.offline.engine.kernels
+        count = len(carried)
+        kv = PagedKV(backbone.kv_shapes, 1 + count * TOKENS, backbone.dtype, backbone.device)
+        slots = torch.arange(1, 1 + count * TOKENS)
+        spans, segments, soft = [], [], []
+        positions = torch.arange(TOKENS).repeat(count)
+        for i, name in enumerate(carried):
+            start, stop = i * TOKENS, (i + 1) * TOKENS
+            block = None if name is None else self.blocks[name]
+            segments.append(Segment(start, stop, block))
+            traits = None if block is None else traits_of(block.directory)
+            prefixed = block is not None and Kind.PREFIX in block.directory.kinds
+            shift = 0 if traits is None else traits.position_offset
+            positions[start:stop] += shift
+            spans.append(PrefillSpan(start, stop, slots[start:stop], prefixed, shift > 0))
+            if traits is not None and traits.extra_rows:
+                assert block is not None
+                soft.append(SoftSpan(start, start + min(traits.extra_rows, TOKENS), 0, block))
+        rows = kernels.rows(segments)
+        step = Step(kv, slots, (), tuple(spans), kernels, rows, rows, tuple(soft))
+        keep = torch.arange(count * TOKENS)
+        return backbone.forward(self.ids, positions, keep, step).view(count, TOKENS, -1)
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    made: dict[str, Batch] = {}
+
+    def batch(family: str) -> Batch:
+        if family not in made:
+            made[family] = Batch(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return batch
+
+
+@pytest.mark.parametrize(("family", "method"), PAIRS)
+def test_neighbours_change_nothing(batches, family, method):
+    batch = batches(family)
+    mixed = batch.company(method)
+    own, *others = mixed
+    row = batch.logits(mixed)[0]
+    assert torch.equal(batch.logits([own, *([None] * len(others))])[0], row), "beside rows of the base"
+    assert torch.equal(batch.logits([own, *others[::-1]])[0], row), "beside others"
+    # the control: it is not the base's row
+    acts_later = traits_of(batch.blocks[method].directory).token_mask
+    assert acts_later or not torch.equal(batch.logits([None] * COMPANY)[0], row)
