@@ -12,7 +12,11 @@ from tests.support.methods.case import GEMMA, GPT2, LLAMA, Case, by_peft, noise
 torch.sparse.check_sparse_tensor_invariants.enable()
 
 # each family's linears that most cases adapt; three sizes of input and output, a fused group only in part
-TARGETS: Mapping[str, list[str]] = {"gpt2": ["c_attn", "mlp.c_proj"]}
+TARGETS: Mapping[str, list[str]] = {
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "opt": ["q_proj", "v_proj", "fc2"],
+    "phi3": ["qkv_proj", "o_proj", "down_proj"],
+}
 LLAMA_TARGETS = ["q_proj", "v_proj", "down_proj"]
 # peft has many methods for nn.Linear only, of which gpt2 has one
 HEAD = ["lm_head"]
@@ -31,7 +35,7 @@ def targets(family: str) -> list[str]:
 
 def linears(family: str) -> list[str]:
     """Where methods act that peft has for nn.Linear only."""
-    return HEAD if family == GPT2 else LLAMA_TARGETS
+    return HEAD if family == GPT2 else targets(family)
 
 
 def everywhere(config: Callable[..., PeftConfig], **settings: object) -> Callable[[str], PeftConfig]:
