@@ -12,7 +12,19 @@ from torch import Tensor
 from tests.adapters_store.toy import LINEAR, TALL, WIDE, Backbone, File, compose, load
 from weft.adapters_store.errors import AdapterInvalid
 from weft.adapters_store.merge import Member
-from weft.adapters_store.operators import Bias, Columns, Dense, Kron, LowRank, ParsedAdapter, Rows, Scale, Sparse
+from weft.adapters_store.operators import (
+    Bank,
+    Bias,
+    Columns,
+    Dense,
+    Kron,
+    LowRank,
+    ParsedAdapter,
+    Rows,
+    Scale,
+    Shared,
+    Sparse,
+)
 from weft.adapters_store.parts import Gate
 
 BACKBONE = Backbone()
@@ -88,6 +100,14 @@ def dense(seed: int) -> Toy:
     return adds(file.adapter([Dense(file.put(delta))]), lambda x: x @ delta.double().T)
 
 
+def shared(seed: int) -> Toy:
+    """Of one bank for all, larger than the linear."""
+    file, a, b, inner, outer = File(), draw(1, 3, WIDE + 2), draw(2, TALL + 4, 3), draw(seed, 3), draw(seed + 1, TALL)
+    parsed = file.adapter([Shared(Bank(file.put(a), file.put(b)), file.put(inner), file.put(outer))])
+    delta = (outer[:, None] * b[:TALL] * inner @ a[:, :WIDE]).double()
+    return adds(parsed, lambda x: x @ delta.T)
+
+
 def bias(seed: int) -> Toy:
     file, v = File(), draw(seed, TALL)
     return adds(file.adapter([Bias(file.put(v), 3.0)]), lambda x: 3.0 * v.double())
@@ -133,6 +153,7 @@ ADDING = {
     "rows": rows,
     "columns": columns,
     "dense": dense,
+    "shared": shared,
     "bias": bias,
     "own_bias": own_bias,
 }

@@ -1,12 +1,14 @@
 """Adapters said in a line or two, for a backbone of one layer; what they compute is asked of the real kernels."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weft.adapters_store.banks import shared_digests
 from weft.adapters_store.compile import block_bytes, compile_adapter
 from weft.adapters_store.composition import joined
 from weft.adapters_store.merge import Member, merge
@@ -113,9 +115,13 @@ class Loaded:
 
 
 def load(parsed: ParsedAdapter, backbone: Backbone) -> Loaded:
-    """Compile an adapter and put it where kernels read it."""
-    image, report = compile_adapter(parsed, backbone, backbone.geometry, 1 << 20)
+    """Compile an adapter and put it where kernels read it, factors that it would share with others behind it."""
+    shared: dict[str, Tensor] = {}
+    image, report = compile_adapter(parsed, backbone, backbone.geometry, 1 << 20, shared.__setitem__)
     assert report.device_bytes == image.numel() == block_bytes(parsed, backbone.geometry, backbone)
     assert image.numel() % ALIGN == 0
-    kernels = dispatch.load("torch", image, backbone.geometry, 1 << 20)
-    return Loaded(kernels, Block(1, 0, image.numel(), directory(image)))
+    images = [image, *(shared[digest] for digest in shared_digests(directory(image)))]
+    offsets = accumulate((len(each) for each in images), initial=0)
+    block, *banks = (Block(at, at, len(each), directory(each)) for at, each in zip(offsets, images, strict=False))
+    kernels = dispatch.load("torch", torch.cat(images), backbone.geometry, 1 << 20)
+    return Loaded(kernels, replace(block, banks=tuple(banks)))
