@@ -14,7 +14,16 @@ from typing import Any
 
 from weft.adapters_store.errors import expected
 from weft.adapters_store.files import CONFIG, AdapterFiles
-from weft.adapters_store.formats import hub, native, native_krona, peft_adalora, peft_ia3, peft_lokr, peft_lora
+from weft.adapters_store.formats import (
+    hub,
+    native,
+    native_krona,
+    peft_adalora,
+    peft_ia3,
+    peft_lokr,
+    peft_lora,
+    peft_vblora,
+)
 from weft.adapters_store.formats.about import Served
 from weft.adapters_store.formats.peft_types import PARSERS as PEFT_PARSERS
 from weft.adapters_store.formats.refused import REFUSED
@@ -35,8 +44,8 @@ PARSERS: Mapping[str, Parser] = {
     **PEFT_PARSERS,
     **native.PARSERS,
 }
-# methods that leave sites out by tensors of rank 0
-MAY_BE_EMPTY = {peft_adalora.METHOD}
+# methods that leave sites out by tensors of rank 0, or out of several weights save all but the last
+MAY_BE_EMPTY = {peft_adalora.METHOD, peft_vblora.METHOD}
 ALIASES = {"KRONA": native_krona.METHOD}
 
 
