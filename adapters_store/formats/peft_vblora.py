@@ -56,9 +56,7 @@ def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> Parse
     settings.finish(METHOD)
     roles = [A, B]
     if chosen:
-        # one vector has weight 1, which is not saved
-        ends = (INDICES, WEIGHTS) if best > 1 else (INDICES,)
-        roles = [role + end for role in (A, B) for end in ends]
+        roles = [role + end for role in (A, B) for end in (INDICES, WEIGHTS)]
     integers = [role for role in roles if role.endswith(INDICES)]
     found = read_tensors(header, catalogue, targets, roles, integers=integers, shared=[BANK])
     bank = _Bank(found.shared[BANK], count, length, best, rank)
@@ -92,10 +90,9 @@ def _pieces(tensors: Roles, role: str, shape: tuple[int, int], bank: _Bank, chos
             return (values.softmax(dim=-1)[..., None] * vectors[indices]).sum(dim=-2)
 
         return Computed(tensors[role].name, result, of_logits, (bank.vectors, tensors[role]))
-    index, weights = tensors[role + INDICES], tensors.get(role + WEIGHTS)
+    index, weights = tensors[role + INDICES], tensors[role + WEIGHTS]
     require_shape(index, (*shape, bank.best), why)
-    if weights is not None:
-        require_shape(weights, (*shape, bank.best - 1), why)
+    require_shape(weights, (*shape, bank.best - 1), why)
 
     def of_choice(vectors: "Tensor", indices: "Tensor", *first: "Tensor") -> "Tensor":
         import torch
@@ -107,7 +104,8 @@ def _pieces(tensors: Roles, role: str, shape: tuple[int, int], bank: _Bank, chos
         mixture = torch.cat([*first, rest], dim=-1)
         return (mixture[..., None] * vectors[indices.long()]).sum(dim=-2)
 
-    sources = (bank.vectors, index, *([weights] if weights is not None else []))
+    # a single vector has weight 1, and the tensor of its other weights is empty
+    sources = (bank.vectors, index, *([weights] if weights.elements else []))
     return Computed(index.name, result, of_choice, sources)
 
 

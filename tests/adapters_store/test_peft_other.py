@@ -33,9 +33,12 @@ VARIANTS: tuple[Case, ...] = (
     by_peft("vblora_topk", everywhere(
         peft.VBLoRAConfig, r=3, num_vectors=12, vector_length=8, topk=3, save_only_topk_weights=True
     ), families=(LLAMA, GPT2)),
-    by_peft("vblora_top1", everywhere(
+    by_peft("vblora_topk_of_many", everywhere(
         peft.VBLoRAConfig, r=3, num_vectors=300, vector_length=16, topk=2, save_only_topk_weights=True
     ), families=(LLAMA, GPT2)),
+    by_peft("vblora_top1", everywhere(
+        peft.VBLoRAConfig, r=2, num_vectors=12, vector_length=8, topk=1, save_only_topk_weights=True
+    ), families=(LLAMA,)),
     by_peft("tinylora_one_group", everywhere(peft.TinyLoraConfig, r=40, u=4, weight_tying=1.0), families=(LLAMA,)),
     by_peft("tinylora_uneven", everywhere(peft.TinyLoraConfig, r=2, u=4, weight_tying=0.3), families=(LLAMA, GPT2)),
     by_peft("unilora_few_uses", everywhere(peft.UniLoraConfig, r=1, theta_d_length=5000), noise(3.0), (LLAMA,)),
