@@ -9,6 +9,8 @@ tensor of the parameter's shape in its place. Settings: ``density``, which infor
 Entries of an embedding become the rows that they are in: what a lookup needs is a row.
 """
 
+from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from weft.adapters_store.errors import expected
@@ -98,9 +100,7 @@ def _check_entries(index: TensorRef, values: TensorRef, parameter: Parameter) ->
     if len(index.shape) != 1:
         raise expected(index.name, "one axis", list(index.shape))
     require_shape(values, index.shape, f"as many as {INDICES}")
-    size = 1
-    for length in parameter.shape:
-        size *= length
+    size = prod(parameter.shape)
     if size > ENTRIES_MAX:
         raise expected(index.name, f"a parameter of at most {ENTRIES_MAX} entries", size)
     if index.elements > DENSITY_MAX * size and len(parameter.shape) > 1:
@@ -141,37 +141,45 @@ def _add_rows(
     if len(counts) != 1:
         got = "none" if not counts else f"{len(counts)} numbers"
         raise expected("embedding_rows", f"the number of rows of {embedding.path} that {INDICES} touch", got)
-    (count,), width, size = counts, embedding.features, embedding.rows * embedding.features
-    most = min(index.elements, embedding.rows)
+    count, most = counts[0], min(index.elements, embedding.rows)
     if not 1 <= count <= most:
         raise expected("embedding_rows", f"1 to {most}", count)
-
-    def places(index: "Tensor") -> "Tensor":
-        import torch
-
-        found: Tensor = torch.unique(checked_index(index_name, index, size) // width)
-        if len(found) != count:
-            raise expected("embedding_rows", f"{len(found)}, as many as {INDICES} touch", count)
-        return found
-
-    def rows(index: "Tensor", values: "Tensor", old: "Tensor") -> "Tensor":
-        import torch
-
-        ids, flat = places(index), index.long()
-        # indexing by a tensor copies
-        new = old[ids]
-        new[torch.searchsorted(ids, flat // width), flat % width] += values
-        return new
-
-    index_name = index.name
-    said.parts.append(
-        RowOverride(
-            Computed(index.name, (count,), places, (index,)),
-            Computed(values.name, (count, width), rows, (index, values), (parameter.path,)),
-        )
-    )
+    touched = _Touched(index.name, count, embedding.features, embedding.rows)
+    ids = Computed(index.name, (count,), touched.ids, (index,))
+    shape = (count, embedding.features)
+    rows = Computed(values.name, shape, touched.changed, (index, values), (parameter.path,))
+    said.parts.append(RowOverride(ids, rows))
     if parameter.follows:
         said.at(parameter.follows, Sparse(index, values), "follows the input embedding")
+
+
+@dataclass(frozen=True, slots=True)
+class _Touched:
+    """The rows of a table [rows, width] that entries are in: ``count`` of them; ``name`` is that of the indices."""
+
+    name: str
+    count: int
+    width: int
+    rows: int
+
+    def ids(self, index: "Tensor") -> "Tensor":
+        """Their numbers, ascending."""
+        import torch
+
+        found: Tensor = torch.unique(checked_index(self.name, index, self.rows * self.width) // self.width)
+        if len(found) != self.count:
+            raise expected("embedding_rows", f"{len(found)}, as many as {INDICES} touch", self.count)
+        return found
+
+    def changed(self, index: "Tensor", values: "Tensor", old: "Tensor") -> "Tensor":
+        """What they become, [count, width]."""
+        import torch
+
+        ids, flat = self.ids(index), index.long()
+        # indexing by a tensor copies
+        new = old[ids]
+        new[torch.searchsorted(ids, flat // self.width), flat % self.width] += values
+        return new
 
 
 def _check_counts(said: Said, counts: tuple[int, ...]) -> None:
