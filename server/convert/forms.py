@@ -17,6 +17,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from weft.server.convert.factors import factors
+
 SPARSE, ROWS, COLUMNS, LOW_RANK, DENSE = "sparse", "rows", "columns", "low-rank", "dense"
 # what a caller may ask for; rows stands for rows or columns
 CHOICES = ("auto", SPARSE, ROWS, LOW_RANK, DENSE)
@@ -26,8 +28,6 @@ DENSITY_MAX = 0.5
 ENTRIES_MAX = 2**31 - 1
 # of what may be lost, at most this share is spent on storing values in the checkpoint's own dtype
 ROUNDING_SHARE = 0.25
-# from the rank that singular values promise on
-RANKS_TRIED = 3
 
 
 @dataclass(frozen=True)
@@ -201,17 +201,8 @@ def _low_rank(change: Change, below: int | None, device: str) -> Said | None:
     out, wide = change.delta.shape
     each = (out + wide) * change.dtype.itemsize
     rank_max = min(out, wide) if below is None else min(min(out, wide), (below - 1) // each)
-    if rank_max < 1:
+    found = factors(change.delta, change.lost_max, rank_max, device) if rank_max else None
+    if found is None:
         return None
-    u, s, v = torch.linalg.svd(change.delta.to(device), full_matrices=False)
-    # what is lost with rank r is the sum over those behind
-    behind = s.double().square().flip(0).cumsum(0).flip(0)
-    rank = max(1, int((behind > change.lost_max).sum()))
-    root = s.sqrt()
-    # singular values are right to a few units of fp32: what is lost is measured, not believed
-    for tried in range(rank, min(rank_max, rank + RANKS_TRIED - 1) + 1):
-        a, b = (root[:tried, None] * v[:tried]).cpu(), (u[:, :tried] * root[:tried]).cpu()
-        lost = square(b @ a - change.delta)
-        if lost <= change.lost_max:
-            return Said(LOW_RANK, tried, tried * each, {"a": a.contiguous(), "b": b.contiguous()}, lost)
-    return None
+    a, b, lost = found
+    return Said(LOW_RANK, len(a), len(a) * each, {"a": a, "b": b}, lost)
