@@ -310,11 +310,11 @@ def test_nothing_of_a_resident_adapter_lies_outside_the_arena(kind, tmp_path, ll
 
 
 def test_prepared_results_name_the_field_at_fault(small):
-    files: Files = lora().configured(use_dora=True)
+    files: Files = lora().configured(layer_replication=[[0, 1]])
     with pytest.raises(AdapterInvalid) as refusal:
         small.register("a", files)
     assert isinstance(refusal.value, AdapterError)
-    assert refusal.value.field == "use_dora"
+    assert refusal.value.field == "layer_replication"
     assert small.files() == []
 
 

@@ -231,7 +231,7 @@ def broken(**changes) -> tuple[bytes, bytes]:
 @pytest.mark.parametrize(
     ("files", "field"),
     [
-        (broken(use_dora=True), "use_dora"),
+        (broken(layer_replication=[[0, 1]]), "layer_replication"),
         (broken(r=3), None),
         (broken(r="2"), "r"),
         (broken(peft_type="NOTHING"), "peft_type"),
@@ -255,7 +255,7 @@ def test_a_config_with_broken_text_is_refused_in_words_that_fit_the_wire(server)
 
 def test_what_structure_refuses_the_engine_never_sees(server):
     before = len(server.commands("Prepare"))
-    refused(server.upload(parts("x", broken(use_dora=True))))
+    refused(server.upload(parts("x", broken(layer_replication=[[0, 1]]))))
     assert len(server.commands("Prepare")) == before
 
 
