@@ -54,6 +54,8 @@ def _common() -> Iterator[tuple[str, Refused]]:
     yield "base_name", case("base_model_name_or_path", "expected text", base_model_name_or_path=1)
     yield "targets", case("target_modules", "a list of names", target_modules=[1])
     yield "unknown_key", case("sauce", "settings of X_BITFIT", sauce=None)
+    side = {"side.first_down": ones(8, 32)}
+    yield "side_network", Refused("X_LST", side, {}, "peft_type", "a side network keeps keys and values of its own")
     stray = f"{LLAMA_UP}.lora_A.weight"
     yield (
         "other_tensor",
