@@ -30,10 +30,7 @@ DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "U8": 1, "I16"
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 _KEYS = {"dtype", "shape", "data_offsets"}
-_CONVERT = (
-    "load it where you trust it and save it with safetensors: PEFT's save_pretrained does so, "
-    "or safetensors.torch.save_file on the state dict"
-)
+_CONVERT = "`weft convert pickle` makes a safetensors file of it and runs nothing of it"
 _FOREIGN = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes (adapter_model.bin)", _CONVERT),
     (b"\x80", "a pickle (adapter_model.bin)", _CONVERT),

@@ -5,6 +5,7 @@ and must agree with ``feedforward_modules``, whose entries PEFT matches as plain
 """
 
 from weft.adapters_store.errors import expected
+from weft.adapters_store.formats.about import Served
 from weft.adapters_store.formats.peft_common import (
     COPY_ROLES,
     DIALECT,
@@ -22,6 +23,8 @@ from weft.adapters_store.sites import CatalogueInfo
 METHOD = "IA3"
 
 VECTOR = "ia3_l"
+
+SERVES = (Served("(IA)³", "2205.05638", "scale", "PEFT IA3", survey=True),)
 
 
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:

@@ -6,6 +6,7 @@ The shapes say how out and in were split, so PEFT's own rule for splitting is no
 """
 
 from weft.adapters_store.errors import expected, some
+from weft.adapters_store.formats.about import Served
 from weft.adapters_store.formats.peft_common import COPY_ROLES, DIALECT, copies, read_common
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.formats.targets import by_pattern, target_sites
@@ -16,6 +17,11 @@ from weft.adapters_store.sites import CatalogueInfo, SiteInfo
 from weft.adapters_store.tensor_refs import TensorRef
 
 METHOD = "LOKR"
+
+SERVES = (
+    Served("KronA", "2212.10650", "kron", "PEFT LOKR, factors in one piece", survey=True),
+    Served("LoKr", "2309.14859", "kron", "PEFT LOKR, decompose_both", refuses="convolutions"),
+)
 
 TRAINING_ONLY = (
     "rank_dropout",

@@ -91,8 +91,7 @@ def _why_no_weights(root: Path) -> str:
     if pickles:
         return (
             f"expected {WEIGHTS_NAME} in {root}, got only {pickles[0]}, which can run code when it is read; "
-            f"where you trust it, convert it: load the adapter with peft, then call "
-            f"model.save_pretrained(folder, safe_serialization=True)"
+            f"`weft convert pickle {root} FOLDER` makes one that cannot, and runs nothing of it"
         )
     names = sorted(each.name for each in root.iterdir())
     listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")

@@ -80,7 +80,7 @@ def _show(rows: Sequence[Served], terminal: Terminal) -> None:
         "method", "read from", "operators", "reference", "refused of it", folded=("operators", "refused of it")
     )
     for row in rows:
-        shown.add_row(_name(row), row.format, row.operators, row.reference, row.refuses)
+        shown.add_row(_name(row), row.format, row.operators, _ARXIV.sub(r"\1", row.reference), row.refuses)
     terminal.table(shown)
     terminal.line("")
     refused = table("refused", "why", folded=("why",))

@@ -44,7 +44,7 @@ def broken_weights(files: Files) -> Iterator[Case]:
     yield "length_above_4_mib", ((4 << 20) + 1).to_bytes(8, "little") + good[8:], WEIGHTS, "4194304"
     yield "length_above_file", (size - 7).to_bytes(8, "little") + good[8:], WEIGHTS, f"in a file of {size}"
     yield "zip", b"PK\x03\x04\x14\x00\x00\x00" + bytes(64), WEIGHTS, "torch.save writes"
-    yield "pickle", b"\x80\x02}q\x00X\x04\x00\x00\x00" + bytes(64), WEIGHTS, "save it with safetensors"
+    yield "pickle", b"\x80\x02}q\x00X\x04\x00\x00\x00" + bytes(64), WEIGHTS, "weft convert pickle"
     yield "gguf", b"GGUF\x03\x00\x00\x00" + bytes(64), WEIGHTS, "GGUF"
     yield "gzip", b"\x1f\x8b\x08\x00\x00\x00\x00\x00" + bytes(64), WEIGHTS, "gzip"
     yield "numpy", b"\x93NUMPY\x01\x00" + bytes(64), WEIGHTS, "NumPy"

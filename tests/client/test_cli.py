@@ -59,7 +59,7 @@ def test_a_folder_without_safetensors_is_refused_with_the_way_to_convert_it(weft
     status, _, err = weft("adapters", "add", "fr-legal", str(folder))
     assert status == 1
     assert "got only adapter_model.bin" in err
-    assert "model.save_pretrained(folder, safe_serialization=True)" in err
+    assert f"`weft convert pickle {folder} FOLDER` makes one" in err
     assert not server.uploads
 
 

@@ -100,7 +100,7 @@ def test_a_pickle_is_not_sent_and_the_error_says_how_to_convert_it(folder):
     with pytest.raises(FolderInvalid) as caught:
         read_folder("a", folder, replace=False)
     assert "got only adapter_model.bin" in caught.value.message
-    assert "model.save_pretrained(folder, safe_serialization=True)" in caught.value.message
+    assert "`weft convert pickle " in caught.value.message
     assert isinstance(caught.value, InvalidRequest)
 
 
