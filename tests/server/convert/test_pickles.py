@@ -4,6 +4,9 @@ import argparse
 import json
 import os
 import pickle
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from weft.adapters_store.formats import read_adapter
 from weft.server import cli
 from weft.server.convert.pickles import read_state_dict
 from weft.server.convert.problems import CannotConvert
+
+ROOMS = ("kernels", "adapters_store", "server", "bench")
 
 
 class Runs:
@@ -223,3 +228,15 @@ def test_a_folder_that_cannot_be_written_says_so(tmp_path, capsys):
 def test_a_missing_file_is_said_to_be_missing(tmp_path):
     with pytest.raises(CannotConvert, match=r"none\.bin: expected a file, got nothing there"):
         read_state_dict(tmp_path / "none.bin")
+
+
+def test_pickles_are_opened_in_one_place_and_never_by_a_server():
+    root = Path(__file__).resolve().parents[3]
+    sources = [path for room in ROOMS for path in (root / room).rglob("*.py")]
+    opening = {path.name for path in sources if re.search(r"torch\.load\(|pickle\.loads?\(", path.read_text())}
+    assert opening == {"pickles.py"}
+    using = {path.parent.name for path in sources if "weft.server.convert" in path.read_text()}
+    assert using == {"convert", "commands"}
+    code = "import weft.server.app, weft.server.engine.process, sys; print([m for m in sys.modules if 'convert' in m])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "weft.server.convert" not in done.stdout
