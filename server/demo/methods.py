@@ -35,9 +35,9 @@ class Method(nn.Module):
     def add(self, name: str, value: Tensor) -> nn.Parameter:
         """A trained tensor, saved under this name."""
         key = name.replace(".", "/")
-        self.own[key] = nn.Parameter(value)
-        self.names[key] = name
-        return self.own[key]
+        parameter = nn.Parameter(value)
+        self.own[key], self.names[key] = parameter, name
+        return parameter
 
     def settings(self) -> dict[str, Any]:
         """The config beside what every file of the format says."""
@@ -74,6 +74,22 @@ def on_linear(module: nn.Module, extra: Callable[[Tensor], Tensor]) -> None:
     module.register_forward_hook(lambda _, inputs, output: output + extra(inputs[0]))
 
 
+def _plus(bias: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda y: y + bias
+
+
+def _times(scale: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda y: y * scale
+
+
+def _bottleneck(down: Tensor, bend: Tensor, up: Tensor, shift: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda h: h + F.linear(F.relu(F.linear(h, down, bend)), up, shift)
+
+
+def _between(down: Callable[[], Tensor], up: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda h: h + F.gelu(h @ down(), approximate="tanh") @ up()
+
+
 class Houlsby(Method):
     """A bottleneck behind attention and feed-forward part: h + relu(h downᵀ + b) upᵀ + c."""
 
@@ -87,7 +103,7 @@ class Houlsby(Method):
             bend = self.add(f"{place}.down.bias", torch.zeros(self.WIDTH))
             up = self.add(f"{place}.up.weight", torch.zeros(size, self.WIDTH))
             shift = self.add(f"{place}.up.bias", torch.zeros(size))
-            on_output(module, lambda h, d=down, b=bend, u=up, s=shift: h + F.linear(F.relu(F.linear(h, d, b)), u, s))
+            on_output(module, _bottleneck(down, bend, up, shift))
 
     def settings(self) -> dict[str, Any]:
         return {"peft_type": "X_BOTTLENECK", "tap": "h", "act": "relu", "scale": 1.0}
@@ -104,7 +120,7 @@ class Compacter(Method):
         for place, module in self.sublayers():
             down = self._map(f"{place}.down", size, self.WIDTH, 1.0)
             up = self._map(f"{place}.up", self.WIDTH, size, 0.1)
-            on_output(module, lambda h, d=down, u=up: h + F.gelu(h @ d(), approximate="tanh") @ u())
+            on_output(module, _between(down, up))
 
     def _map(self, name: str, wide: int, tall: int, size: float) -> Callable[[], Tensor]:
         n = self.TERMS
@@ -124,7 +140,7 @@ class BitFit(Method):
         super().__init__(model)
         for path, module in self.linears():
             bias = self.add(f"{path}.bias_delta", torch.zeros(module.out_features))
-            on_output(module, lambda y, b=bias: y + b)
+            on_output(module, _plus(bias))
 
     def settings(self) -> dict[str, Any]:
         return {"peft_type": "X_BITFIT"}
@@ -137,12 +153,12 @@ class DiffFit(Method):
         super().__init__(model)
         for path, module in self.linears():
             bias = self.add(f"{path}.bias_delta", torch.zeros(module.out_features))
-            on_output(module, lambda y, b=bias: y + b)
-        for place, module in self.sublayers():
-            layer, _, after = place.rpartition(".")
+            on_output(module, _plus(bias))
+        for place, sublayer in self.sublayers():
+            layer, after = place.rsplit(".", 1)
             name = {"attention": "gamma_attn", "mlp": "gamma_mlp"}[after]
             scale = self.add(f"{layer}.{name}", torch.ones(model.config.hidden_size))
-            on_output(module, lambda h, g=scale: h * g)
+            on_output(sublayer, _times(scale))
 
     def settings(self) -> dict[str, Any]:
         return {"peft_type": "X_DIFFFIT"}

@@ -12,7 +12,7 @@ from weft.server.demo import tasks
 BASE = ""
 SEED = 11
 # one word each is shown, all are counted
-QUESTIONS_PER_ADAPTER = 20
+QUESTIONS_PER_ADAPTER = 12
 QUESTIONS_TO_BASE = 16
 # long enough that an adapter can be registered and asked meanwhile
 STREAM_TOKENS = 480

@@ -32,7 +32,7 @@ def answers_table(scores: tuple[Score, ...]) -> Table:
         answer = each.example
         shown.add_row(
             each.name or "(bare backbone)",
-            each.adapter.method if each.adapter else "-",
+            _method(each),
             f"{each.adapter.device_bytes:,}" if each.adapter else "0",
             answer.question.prompt,
             answer.text,
@@ -40,6 +40,14 @@ def answers_table(scores: tuple[Score, ...]) -> Table:
             Text(f"{each.right} of {each.asked} right", style=GOOD if each.passed else BAD),
         )
     return shown
+
+
+def _method(each: Score) -> str:
+    """What the method is called, for those who do not know the names of file formats."""
+    if each.adapter is None:
+        return "-"
+    known = next((known for known in tasks.DEMO_ADAPTERS if known.name == each.name), None)
+    return each.adapter.method if known is None else f"{known.method} {known.detail}".rstrip()
 
 
 def _verdict(each: Score) -> Text:
@@ -55,8 +63,10 @@ def summary(outcome: Outcome) -> list[str]:
     served = [each for each in outcome.scores if each.adapter is not None]
     right, asked = sum(each.right for each in served), sum(each.asked for each in served)
     requests = sum(each.asked for each in outcome.scores)
+    names = {adapter.name: adapter.method for adapter in tasks.DEMO_ADAPTERS}
+    methods = len({names.get(each.name, each.name) for each in served})
     lines = [
-        f"accuracy   {right / asked:.1%} of {asked} held-out requests to {len(served)} adapters, "
+        f"accuracy   {right / asked:.1%} of {asked} held-out requests to {len(served)} adapters of {methods} methods, "
         f"in one mixed batch of {requests} with the bare backbone",
         f"speed      {outcome.batch_tokens / outcome.batch_s:,.0f} tokens/s: "
         f"{outcome.batch_tokens:,} tokens in {outcome.batch_s:.2f} s, all requests sent at once",

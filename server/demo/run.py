@@ -1,4 +1,4 @@
-"""``weft demo``: a real server on the backbone that weft ships, twelve adapters of three methods, one mixed batch."""
+"""``weft demo``: a real server on the backbone that weft ships, adapters of sixteen methods, one mixed batch."""
 
 import asyncio
 import shutil

@@ -166,24 +166,43 @@ def held_out_words(count: int, seed: int) -> list[str]:
 
 @dataclass(frozen=True)
 class DemoAdapter:
-    """One shipped adapter: its folder name, the task it was trained for, and a label of its method."""
+    """One shipped adapter: its folder name, the task it was trained for, and what its method is called.
+
+    detail:  what of the method was chosen
+    peft:    whether peft trained it, and can load it
+    """
 
     name: str
     task: str
     method: str
+    detail: str = ""
+    peft: bool = True
 
 
 DEMO_ADAPTERS: tuple[DemoAdapter, ...] = (
-    DemoAdapter("reverse-lora-r2", "reverse", "LoRA r=2"),
-    DemoAdapter("swap-lora-r4", "swap", "LoRA r=4"),
-    DemoAdapter("rotate-rslora-r8", "rotate", "rsLoRA r=8"),
-    DemoAdapter("skip-lora-r16", "skip", "LoRA r=16"),
-    DemoAdapter("sort-krona", "sort", "LoKr full factors"),
-    DemoAdapter("devowel-krona", "devowel", "LoKr full factors"),
-    DemoAdapter("double-krona", "double", "LoKr full factors"),
-    DemoAdapter("dash-krona", "dash", "LoKr full factors"),
-    DemoAdapter("upper-ia3", "upper", "(IA)3"),
-    DemoAdapter("caesar-ia3", "caesar", "(IA)3"),
-    DemoAdapter("atbash-ia3", "atbash", "(IA)3"),
-    DemoAdapter("star-ia3", "star", "(IA)3"),
+    DemoAdapter("reverse-lora-r2", "reverse", "LoRA", "r=2"),
+    DemoAdapter("swap-lora-r4", "swap", "LoRA", "r=4"),
+    DemoAdapter("rotate-rslora-r8", "rotate", "rsLoRA", "r=8"),
+    DemoAdapter("skip-lora-r16", "skip", "LoRA", "r=16"),
+    DemoAdapter("sort-krona", "sort", "KronA"),
+    DemoAdapter("devowel-krona", "devowel", "KronA"),
+    DemoAdapter("double-krona", "double", "KronA"),
+    DemoAdapter("dash-krona", "dash", "KronA"),
+    DemoAdapter("upper-ia3", "upper", "(IA)³"),
+    DemoAdapter("caesar-ia3", "caesar", "(IA)³"),
+    DemoAdapter("atbash-ia3", "atbash", "(IA)³"),
+    DemoAdapter("star-ia3", "star", "(IA)³"),
+    DemoAdapter("reverse-dora", "reverse", "DoRA", "r=4"),
+    DemoAdapter("swap-loha", "swap", "LoHa", "r=4"),
+    DemoAdapter("double-hra", "double", "HRA", "r=8"),
+    DemoAdapter("rotate-vera", "rotate", "VeRA", "r=64"),
+    DemoAdapter("upper-norms", "upper", "LN tuning"),
+    DemoAdapter("skip-prompt", "skip", "Prompt tuning", "8 tokens"),
+    DemoAdapter("atbash-prefix", "atbash", "Prefix tuning", "8 tokens"),
+    DemoAdapter("reverse-houlsby", "reverse", "Houlsby", "r=16", False),
+    DemoAdapter("sort-compacter", "sort", "Compacter", "n=4", False),
+    DemoAdapter("caesar-bitfit", "caesar", "BitFit", "", False),
+    DemoAdapter("star-difffit", "star", "DiffFit", "", False),
+    DemoAdapter("dash-fishmask", "dash", "FishMask", "4 %", False),
+    DemoAdapter("devowel-far", "devowel", "FAR", "12 %", False),
 )

@@ -119,7 +119,7 @@ def train_adapter(adapter: tasks.DemoAdapter, recipe: Recipe, backbone: Path, ou
 
 def main() -> None:
     """Train all adapters of the table, or those named."""
-    names = [adapter.name for adapter in tasks.DEMO_ADAPTERS]
+    names = list(recipes())
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", type=Path, default=tasks.ASSETS_DIR / "backbone", help="backbone folder")
     parser.add_argument("--out", type=Path, default=tasks.ASSETS_DIR / "adapters", help="folder to write to")

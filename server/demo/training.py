@@ -70,7 +70,11 @@ def batches(tokenizer: PreTrainedTokenizerBase, examples: Iterator[Example], bat
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the answer tokens, each predicted from the position before it."""
+    """Cross-entropy of the answer tokens, each predicted from the position before it.
+
+    Logits that stand in front, those of a soft prompt, are no answer's.
+    """
+    logits = logits[:, -labels.shape[1] :]
     return torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL
     )

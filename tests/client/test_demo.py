@@ -77,7 +77,10 @@ def test_the_report_shows_answers_accuracy_speed_and_memory(outcome, capsys):
     assert re.search(r"^reverse +LORA +20,480  abc=    cba     right +20 of 20 right", out, re.MULTILINE)
     assert "(bare backbone)" in out
     assert "wrong, as it must be" in out
-    assert "100.0% of 40 held-out requests to 2 adapters, in one mixed batch of 56 with the bare backbone" in out
+    assert (
+        "100.0% of 40 held-out requests to 2 adapters of 2 methods, in one mixed batch of 56 with the bare backbone"
+        in out
+    )
     assert "500 tokens/s" in out
     assert "M = 3.1 MiB backbone, N = 12 adapters resident, ΣA = 500.0 KiB" in out
     assert "answered 'cba' while a stream ran: 7 tokens before, 35 meanwhile, 400 after" in out

@@ -57,7 +57,7 @@ def ask_all(client: Client, jobs: list[tuple[str, str]]) -> dict[tuple[str, str]
 
 
 def test_every_task_is_answered_by_its_own_adapter_in_one_mixed_batch(server, client):
-    per_adapter = 50
+    per_adapter = 20
     jobs = []
     for adapter in tasks.DEMO_ADAPTERS:
         jobs += [(adapter.name, prompt) for prompt, _ in tasks.held_out(adapter.task, per_adapter, 1)]
