@@ -77,7 +77,8 @@ def test_every_type_of_peft_is_served_or_refused_with_a_reason(kind, llama, tmp_
 
 
 def test_every_reason_is_of_a_type_that_exists_and_its_own():
-    assert set(REFUSED) <= set(TYPES)
+    # weft's own types begin with X
+    assert {kind for kind in REFUSED if not kind.startswith("X_")} <= set(TYPES)
     assert len(set(REFUSED.values())) == len(REFUSED)
 
 
