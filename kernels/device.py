@@ -1,7 +1,7 @@
 """The interface in Triton: a few launches per group of sites, whatever the mix of adapters.
 
-Two where all is low-rank, one more for Kronecker terms, two for those in stages (``kron_staged``). Long segments have
-launches of their own, with larger tiles, where a batch holds both kinds.
+Two where all is low-rank, one more for Kronecker terms, two for those in stages (``kron_staged``); one per site for
+deltas that are mostly zero. Long segments have launches of their own, with larger tiles, where a batch holds both.
 
 The arena is handed to the kernels three times, as factors, as fp32 vectors and as int32 directories. A batch is one
 packed int32 tensor of tiles (``walks``), copied to the device once; nothing is read back.
@@ -16,12 +16,17 @@ from torch import Tensor
 
 from weft.kernels.batch import Rows, Segment
 from weft.kernels.dispatch import Kernels
+from weft.kernels.extras import Kind
 from weft.kernels.kron import kron_kernel
 from weft.kernels.kron_staged import fold_kernel, join_kernel
 from weft.kernels.layout import Geometry
 from weft.kernels.lowrank import expand_kernel, shrink_kernel
+from weft.kernels.norms import Norm
+from weft.kernels.override import norm_kernel
+from weft.kernels.parts import Carried
 from weft.kernels.scale import scale_input_kernel
-from weft.kernels.tiles import Tiles, tiles_for
+from weft.kernels.sparse import entries_kernel, rows_kernel
+from weft.kernels.tiles import SMALL, Tiles, tiles_for
 from weft.kernels.walks import TritonRows, Walk
 
 
@@ -64,6 +69,42 @@ class TritonKernels(Kernels):
                 self._expand(y, hidden, walk, group, height, upcast)
             if rows.mixes[group]:
                 self._mix(y, x, hidden, rows, group, height, upcast)
+        left = 0
+        for site, tall in zip(self.geometry.members[group], self._talls(group), strict=True):
+            self._scatter(y[:, left : left + tall], x, rows, site, upcast)
+            left += tall
+
+    def _scatter(self, y: Tensor, x: Tensor, rows: TritonRows, site: int, upcast: bool) -> None:
+        """Add the deltas that are mostly zero to a site's y [tokens, out]."""
+        common = {"FEATURES": x.shape[1], "ITEM": self._factors.itemsize, "UPCAST": upcast}
+        places = y, x, self._factors, self._words
+        options = self._tiles[upcast].entries
+        for tiles in rows.carrying(Kind.SPARSE, site):
+            entries_kernel[(len(tiles), triton.cdiv(y.shape[1], options["BN"]))](
+                *places, tiles, y.shape[1], y.stride(0), x.stride(0), **common, **options
+            )
+        options, most = self._tiles[upcast].rows, rows.most(Kind.ROWS, site)
+        for tiles in rows.carrying(Kind.ROWS, site):
+            rows_kernel[(len(tiles), triton.cdiv(most, options["BN"]))](
+                *places, tiles, y.stride(0), x.stride(0), **common, **options
+            )
+
+    def _add_delta(self, y: Tensor, x: Tensor, carried: Carried) -> None:
+        # ``_apply`` has added those
+        if carried.record.kind not in (Kind.SPARSE, Kind.ROWS):
+            super()._add_delta(y, x, carried)
+
+    def override_norm(self, out: Tensor, x: Tensor, rows: Rows, place: int, norm: Norm) -> None:
+        assert isinstance(rows, TritonRows)
+        features = x.shape[2]
+        x = x if x.stride(2) == 1 else x.contiguous()
+        for tiles in rows.carrying(Kind.NORM, place):
+            norm_kernel[(len(tiles), SMALL, x.shape[1])](
+                out, x, self._vectors, norm.weight, norm.weight if norm.bias is None else norm.bias, tiles,
+                out.stride(0), out.stride(1), x.stride(0), x.stride(1), norm.eps, norm.offset,
+                FEATURES=features, CEIL=triton.next_power_of_2(features), CENTRED=norm.centred,
+                BIASED=norm.bias is not None, **self._tiles[False].norm,
+            )  # fmt: skip
 
     def scale_input(self, x: Tensor, rows: Rows, site: int) -> Tensor:
         assert isinstance(rows, TritonRows)

@@ -12,6 +12,7 @@ from torch import Tensor
 from weft.kernels.activation import activate
 from weft.kernels.batch import Segment
 from weft.kernels.layout import Geometry, SiteTerms, unpack
+from weft.kernels.norms import Norm
 
 
 def low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -60,6 +61,24 @@ def scale_input(x: Tensor, segments: Sequence[Segment], index: int, arena: Tenso
         if sigma_in is not None:
             result[segment.start : segment.stop] *= sigma_in.double()
     return result
+
+
+def entries(x: Tensor, index: Tensor, values: Tensor, tall: int) -> Tensor:
+    """x [tokens, in] times the transposed matrix [tall, in] whose flat ``index`` holds ``values``: [tokens, tall]."""
+    delta = torch.zeros(tall * x.shape[1], dtype=torch.float64, device=x.device)
+    delta[index.long()] = values.double()
+    return x.double() @ delta.view(tall, x.shape[1]).T
+
+
+def norm(x: Tensor, module: Norm, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The module of x [.., d] with these in the place of its own weight and bias."""
+    wide = x.double()
+    if module.centred:
+        wide = wide - wide.mean(dim=-1, keepdim=True)
+    wide = wide / (wide.square().mean(dim=-1, keepdim=True) + module.eps).sqrt()
+    wide = wide * (module.offset + (module.weight if weight is None else weight).double())
+    shift = module.bias if bias is None else bias
+    return wide if shift is None else wide + shift.double()
 
 
 def _adapted(

@@ -38,6 +38,9 @@ class Tiles:
     fold: Mapping[str, Options]
     join: Options
     scale: Options
+    entries: Options
+    rows: Options
+    norm: Options
 
     def split(self, features: int) -> tuple[int, int]:
         """(span of one plane, planes) for a product over this many features."""
@@ -73,4 +76,7 @@ def tiles_for(device_name: str, exact: bool, nvidia: bool = True) -> Tiles:
         by_height("fold"),
         complete(chosen["join"]),
         complete(chosen["scale"]),
+        complete(chosen["entries"]),
+        complete(chosen["rows"]),
+        complete(chosen["norm"]),
     )

@@ -1,18 +1,25 @@
 """A batch as the Triton kernels walk it: runs of rows of one block, cut into tiles, and the sizes of their grids."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from weft.kernels.batch import Rows, Segment
+from weft.kernels.extras import Kind
 from weft.kernels.kron_ways import is_staged
 from weft.kernels.layout import ALIGN, BETA_OFF, KRON_COUNT, RANK, SIGMA_OFF, Geometry, KronTerm
 from weft.kernels.tiles import LARGE, SMALL, Tiles
 
 Tile = tuple[int, int, int, int]
+
+# words of a tile of rows that carry a record: block's first byte / ALIGN, first row, row behind, offsets of the
+# record's first two pieces, columns of the first
+RECORD_TILE = 6
 
 
 class Walk:
@@ -84,6 +91,8 @@ class TritonRows(Rows):
         for segment in self.segments:
             self.walks["large" if segment.stop - segment.start >= LARGE else "small"].add(segment)
         self._copy(device)
+        self._device = device
+        self._carried: dict[Kind, dict[int, list[Tensor]]] = {}
         self._mixes: dict[tuple[int, str, bool], Mix] = {}
         starts = [members.start for members in geometry.members]
         self.ranks_max: npt.NDArray[np.int64] = np.zeros(len(starts), dtype=np.int64)
@@ -98,14 +107,39 @@ class TritonRows(Rows):
 
     def _copy(self, device: torch.device) -> None:
         """All tiles to the device in one piece."""
-        parts = [tiles for walk in self.walks.values() for tiles in walk.tiles()]
-        packed = torch.tensor([tile for part in parts for tile in part], dtype=torch.int32).view(-1, 4)
-        if device.type == "cuda":
-            packed = packed.pin_memory().to(device, non_blocking=True)
-        stops = np.cumsum([len(part) for part in parts]).tolist()
-        views = [packed[stop - len(part) : stop] for part, stop in zip(parts, stops, strict=True)]
+        views = _placed([tiles for walk in self.walks.values() for tiles in walk.tiles()], 4, device)
         for walk, merged, apart in zip(self.walks.values(), views[::2], views[1::2], strict=True):
             walk.merged, walk.apart = merged, apart
+
+    def carrying(self, kind: Kind, place: int) -> list[Tensor]:
+        """Tiles of the rows whose adapter has records of this kind here, int32 [tiles, RECORD_TILE].
+
+        Several tensors where adapters have several such records: no row is in one of them twice.
+        """
+        if kind not in self._carried:
+            self._carried[kind] = self._carry(kind)
+        return self._carried[kind].get(place, [])
+
+    def most(self, kind: Kind, place: int) -> int:
+        """The most columns of the first piece of such a record."""
+        return max((r.pieces[0].columns for _, r in self.records.get((kind, place), ()) if r.pieces[0]), default=0)
+
+    def _carry(self, kind: Kind) -> dict[int, list[Tensor]]:
+        """``carrying`` at all places, copied to the device in one piece."""
+        parts: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+        for (found, place), carried in self.records.items():
+            seen: Counter[int] = Counter()
+            for segment, record in carried if found is kind else ():
+                assert segment.block is not None
+                first, second = (*record.pieces, None)[:2]
+                words = first.offset if first else 0, second.offset if second else 0, first.columns if first else 0
+                tiles = _cut((segment.block.offset // ALIGN, segment.start, segment.stop, 0), SMALL)
+                parts.setdefault((place, seen[segment.start]), []).extend((*tile[:3], *words) for tile in tiles)
+                seen[segment.start] += 1
+        tables: dict[int, list[Tensor]] = {}
+        for (place, _), table in zip(parts, _placed(list(parts.values()), RECORD_TILE, self._device), strict=True):
+            tables.setdefault(place, []).append(table)
+        return tables
 
     def mix(self, members: range, height: str, exact: bool, tiles: Tiles) -> Mix:
         """How large the grids of the Kronecker kernels are for these sites, with these tiles."""
@@ -119,6 +153,15 @@ class TritonRows(Rows):
             }
             self._mixes[key] = _mix_of(tables, height, tiles)
         return self._mixes[key]
+
+
+def _placed(parts: Sequence[Sequence[tuple[int, ...]]], words: int, device: torch.device) -> list[Tensor]:
+    """Each part as a table int32 [.., words]; one copy to the device for all of them."""
+    packed = torch.tensor([row for part in parts for row in part], dtype=torch.int32).view(-1, words)
+    if device.type == "cuda":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    stops = np.cumsum([len(part) for part in parts]).tolist()
+    return [packed[stop - len(part) : stop] for part, stop in zip(parts, stops, strict=True)]
 
 
 def _mix_of(tables: set[tuple[KronTerm, ...]], height: str, tiles: Tiles) -> Mix:

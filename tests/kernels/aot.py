@@ -18,7 +18,9 @@ from triton.compiler import ASTSource
 from weft.kernels.kron import kron_kernel
 from weft.kernels.kron_staged import fold_kernel, join_kernel
 from weft.kernels.lowrank import expand_kernel, shrink_kernel
+from weft.kernels.override import norm_kernel
 from weft.kernels.scale import scale_input_kernel
+from weft.kernels.sparse import entries_kernel, rows_kernel
 from weft.kernels.tiles import tiles_for
 
 TARGETS = {
@@ -35,6 +37,9 @@ KERNELS = {
     "fold": fold_kernel,
     "join": join_kernel,
     "scale": scale_input_kernel,
+    "entries": entries_kernel,
+    "rows": rows_kernel,
+    "norm": norm_kernel,
 }
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -78,6 +83,7 @@ class Variant:
         fold, splits = (split, 1) if self.height == "large" else (1, split)
         common |= {"UPCAST": self.exact, "SPLITS": splits, "SPAN": span, "FOLD": fold}
         common |= {"FEATURES": features, "EVEN": self.aligned}
+        common |= {"CEIL": triton.next_power_of_2(features)}
         common |= {"HEIGHT": tiles.kron["BM"], "DEPTH": tiles.kron["BK"]}
         options = {
             "shrink": lambda: tiles.shrink[self.height],
@@ -86,6 +92,9 @@ class Variant:
             "fold": lambda: tiles.fold[self.height],
             "join": lambda: tiles.join,
             "scale": lambda: tiles.scale,
+            "entries": lambda: tiles.entries,
+            "rows": lambda: tiles.rows,
+            "norm": lambda: {**tiles.norm, **dict.fromkeys(("CENTRED", "BIASED"), self.height == "centred")},
         }[self.kernel]()
         return {**common, **options}
 
@@ -116,6 +125,15 @@ def variants() -> Iterator[Variant]:
                 yield Variant("join", dtype, dtype, aligned, "qkv", height)
         yield Variant("fold", "bf16", "fp32", True, "tiny_qkv", height)
     yield Variant("join", "fp16", "fp16", True, "qkv", "small")
+    for kernel in ("entries", "rows"):
+        for aligned in (True, False):
+            yield Variant(kernel, "bf16", "bf16", aligned, "qkv")
+            yield Variant(kernel, "fp32", "fp32", aligned, "tiny_qkv")
+        yield Variant(kernel, "bf16", "fp32", True, "down")
+    for group in ("tiny_qkv", "qkv", "down"):
+        for form in ("rms", "centred"):
+            yield Variant("norm", "bf16", "bf16", True, group, form)
+    yield Variant("norm", "fp32", "fp32", False, "qkv", "centred")
     yield Variant("kron", "fp16", "fp16", True, "qkv")
     yield Variant("kron", "bf16", "bf16", True, "qkv", "large")
     yield Variant("scale", "fp32", "fp32", True, "tiny_qkv")
@@ -125,7 +143,8 @@ def compile_variant(variant: Variant, target: str) -> Mapping[str, int]:
     """Compile; returns ``registers``, ``spilled`` bytes (or lanes) of scratch memory and ``shared`` bytes."""
     kernel, constants = KERNELS[variant.kernel], variant.constants(TARGETS[target].backend == "cuda")
     types = {"x_ptr": f"*{variant.tensors}", "y_ptr": f"*{variant.tensors}", "factors_ptr": f"*{variant.factors}"}
-    types |= {"vectors_ptr": "*fp32", "h_ptr": "*fp32", "t_ptr": "*fp32"}
+    types |= {"vectors_ptr": "*fp32", "h_ptr": "*fp32", "t_ptr": "*fp32", "eps": "fp32", "offset": "fp32"}
+    types |= dict.fromkeys(("out_ptr", "weight_ptr", "bias_ptr"), f"*{variant.tensors}")
     signature, values, attributes = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name.isupper():

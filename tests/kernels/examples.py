@@ -11,6 +11,7 @@ from weft.kernels import activation, layout
 from weft.kernels.activation import activate
 from weft.kernels.batch import Block, Segment
 from weft.kernels.dispatch import Kernels
+from weft.kernels.extras import Extra
 from weft.kernels.layout import ALIGN, Geometry, SiteShape, SiteTerms, unpack
 
 # three sites sharing an input of awkward width, one pair, one alone; nothing is a power of two
@@ -94,8 +95,15 @@ class Loaded:
     blocks: list[Block]
 
     @classmethod
-    def of(cls, geometry: Geometry, adapters: Sequence[Mapping[int, SiteTerms]], device: str = "cpu") -> "Loaded":
-        images = [layout.pack(geometry, adapter) for adapter in adapters]
+    def of(
+        cls,
+        geometry: Geometry,
+        adapters: Sequence[Mapping[int, SiteTerms]],
+        device: str = "cpu",
+        records: Sequence[Sequence[Extra]] = (),
+    ) -> "Loaded":
+        extras = [*records, *[()] * (len(adapters) - len(records))]
+        images = [layout.pack(geometry, adapter, extra) for adapter, extra in zip(adapters, extras, strict=True)]
         arena = torch.full((ALIGN * (len(images) + 1) + sum(map(len, images)),), 255, dtype=torch.uint8)
         blocks, at = [], ALIGN
         for key, image in enumerate(images):
