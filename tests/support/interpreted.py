@@ -11,22 +11,37 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support import adapters, backbones
+from tests.support.methods import native_deltas, native_places, peft_other
+from tests.support.methods.native_files import drawing, prefixed, write
 from weft.server.backbone.model import Backbone
 from weft.server.engine.config import EngineConfig
 from weft.server.engine.messages import RequestId, Submit
 from weft.server.engine.offline import OfflineEngine
 
 KINDS = ("lora_patterns", "lora_head", "lokr_full", "lokr_factored", "ia3", "ia3_input_of_one")
+# what more it takes to launch every kernel: functions between maps, norms, entries, rows
+CASES = ("bottleneck_houlsby", "bottleneck_normed", "ln_tuning", "shira", "rows")
 
 
 def main(folder: Path) -> None:
     """Make the adapters, run the batch twice, print."""
     backbones.BUILDERS["llama"] = lambda: LlamaForCausalLM(LlamaConfig(**backbones.COMMON, num_hidden_layers=1))
     made = {kind: adapters.make(kind, "llama", folder / kind, seed) for seed, kind in enumerate(KINDS)}
+    cases = {case.name: case for module in (native_deltas, native_places, peft_other) for case in module.CASES}
+    made |= {name: cases[name].make("llama", folder / name, seed) for seed, name in enumerate(CASES)}
+    made["balanced"] = balanced(folder / "balanced")
     tokens = {"torch": run("torch", made, folder / "torch")}
     launches = count_launches()
     tokens["triton"] = run("triton", made, folder / "triton")
     sys.stdout.write(json.dumps({"tokens": tokens, "launches": launches}) + "\n")
+
+
+def balanced(folder: Path) -> Path:
+    """A Kronecker term on a query, so near to square for its size that it is fused."""
+    draw = drawing(0)
+    factors = {"krona_A": draw(16, 16), "krona_B": draw(2, 2)}
+    tensors = {f"model.layers.0.self_attn.q_proj.{name}": factor for name, factor in factors.items()}
+    return write(folder, "X_KRONA", prefixed(tensors), scale=1.5)
 
 
 def run(kernels: str, made: dict[str, Path], store: Path) -> dict[str, list[int]]:

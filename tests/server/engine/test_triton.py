@@ -11,6 +11,8 @@ import torch
 
 from tests.support import adapters
 from tests.support.backbones import build
+from tests.support.interpreted import CASES
+from tests.support.methods import native_deltas, native_places, peft_other
 from weft.kernels.dispatch import KernelsUnavailable
 from weft.server.backbone.load import moved
 from weft.server.backbone.model import Backbone
@@ -52,6 +54,9 @@ def test_the_engine_on_a_gpu_gets_the_tokens_of_the_twins(family, dtype, tmp_pat
     torch.backends.cuda.matmul.allow_tf32 = False
     kinds = ("lora", "lora_patterns", "lokr_full", "ia3", "ia3_input_of_one")
     folders = {kind: adapters.make(kind, family, tmp_path / kind, seed) for seed, kind in enumerate(kinds)}
+    for seed, case in enumerate((*native_places.CASES, *native_deltas.CASES, *peft_other.CASES)):
+        if case.name in CASES and family in case.families:
+            folders[case.name] = case.make(family, tmp_path / case.name, seed)
 
     def run(kernels: str, device: str) -> dict[RequestId, list[int]]:
         config = EngineConfig(
@@ -60,7 +65,7 @@ def test_the_engine_on_a_gpu_gets_the_tokens_of_the_twins(family, dtype, tmp_pat
         )  # fmt: skip
         engine = OfflineEngine(config, Backbone(moved(build(family).to(dtype), torch.device(device))))
         digests = {kind: engine.register(kind, folder) for kind, folder in folders.items()}
-        prompts = {f"{kind}-{n}": tuple(range(3, 3 + n)) for kind in ("base", *kinds) for n in (2, 9, 40)}
+        prompts = {f"{kind}-{n}": tuple(range(3, 3 + n)) for kind in ("base", *folders) for n in (2, 9, 40)}
         submits = [
             Submit(RequestId(id), prompt, 8, adapter=digests.get(id.split("-")[0])) for id, prompt in prompts.items()
         ]
