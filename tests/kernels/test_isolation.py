@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.kernels.conftest import INTERPRETED, Implementation
 from tests.kernels.examples import GROUPS, Kinds, Loaded, applied, random_terms
+from weft.kernels.activation import NAMES
 from weft.kernels.batch import Segment
 from weft.kernels.layout import Geometry, SiteShape, SiteTerms
 
@@ -96,6 +97,31 @@ def test_a_bad_block_spoils_the_rows_of_its_adapter_only(implementation: Impleme
             assert after[rows].isnan().any(dim=1).all()
         else:
             assert_bit_equal(after[rows], before[rows])
+
+
+@pytest.mark.parametrize("function", NAMES)
+def test_a_bent_row_does_not_see_its_neighbours(
+    implementation: Implementation, dtype: torch.dtype, function: str
+) -> None:
+    """Functions are computed many numbers at once, and what is left over by other code."""
+    shape, noise = Geometry((SiteShape(40, 24),), (1,), dtype), torch.Generator().manual_seed(0)
+
+    def terms(rank: int, act: int) -> dict[int, SiteTerms]:
+        pair = torch.randn(rank, 40, generator=noise) / 4, torch.randn(24, rank, generator=noise) / 4
+        return {0: SiteTerms(pair, inner=torch.randn(rank, generator=noise), act=act)}
+
+    code = NAMES.index(function)
+    adapters = [terms(20, code), terms(3, code), terms(17, (code + 1) % len(NAMES)), terms(33, code), terms(5, 0)]
+    loaded = Loaded.of(shape, adapters, implementation.device)
+    kernels = implementation.load(loaded)
+    y, x = loaded.tensors(11, 0, dtype)
+    results = []
+    companies = [*OTHERS, [3, 1, 2, 4, None], [1, None, None, 1, 1]]
+    for others in companies[::3] if INTERPRETED else companies:
+        got = applied(kernels, batch(loaded, [1, 2, 1, 3, 2, 2], 3, others), y, x, 0)
+        results.append(got[4:7])
+    for got in results[1:]:
+        assert_bit_equal(got, results[0])
 
 
 @pytest.mark.parametrize("length", [1, 4, 32, 33, 64])
