@@ -54,7 +54,9 @@ class PrepareResult:
 class ResidencyStats:
     """Bytes and blocks in the arena now; the others since they were last asked for.
 
-    adapters_bytes:  of all blocks, those being loaded included, but for those of derived versions: composed_bytes
+    adapters_bytes:  of all blocks, those being loaded and those that adapters share included, but for those of derived
+                     versions: composed_bytes
+    adapters_resident:  blocks that are no derived version's and not shared
     load_s:          one per load, from its start on the loader to the last byte
     """
 
@@ -90,6 +92,8 @@ class Residency:
         self._idle: dict[str, Version] = {}
         # derived versions, those asked for least recently first
         self._composed: dict[str, Version] = {}
+        # what several adapters refer to
+        self._banks: dict[str, Version] = {}
         # versions without a name that are still in use or under way
         self._forgotten: set[str] = set()
         self._keys = itertools.count(1)
@@ -114,6 +118,8 @@ class Residency:
         AdapterInvalid if members do not go together.
         """
         version = self._versions.setdefault(digest, Version(digest, members, source))
+        if source is not None:
+            self._banks[digest] = version
         if members:
             self._composed.pop(digest, None)
             self._composed[digest], version.asked = version, self._polls
@@ -207,7 +213,7 @@ class Residency:
         placed = [version.nbytes for version in self._composed.values() if version.offset >= 0]
         stats = ResidencyStats(
             self._arena.used_bytes - sum(placed),
-            self._arena.blocks - len(placed),
+            self._arena.blocks - len(placed) - sum(bank.offset >= 0 for bank in self._banks.values()),
             sum(placed),
             self._loads,
             self._evictions,
@@ -320,6 +326,7 @@ class Residency:
                 self._forgotten.discard(digest)
                 del self._versions[digest]
                 self._composed.pop(digest, None)
+                self._banks.pop(digest, None)
                 self._loader.submit(RemoveJob(digest, version.members))
 
     def _banks_only_of(self, version: Version) -> set[str]:

@@ -97,5 +97,7 @@ def _embedding(model: PreTrainedModel, modules: dict[str, nn.Module]) -> Embeddi
     name = next(n for n, m in modules.items() if m is embedding)
     head = model.get_output_embeddings()
     tied = next((n for n, m in modules.items() if m is head and head.weight is embedding.weight), "")
-    rows, features = embedding.weight.shape
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    rows, features = weight.shape
     return EmbeddingInfo(name, rows, features, tied, float(getattr(embedding, "embed_scale", 1.0)))
