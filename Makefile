@@ -24,8 +24,12 @@ $(LINKS): Makefile
 demo: $(VENV)/ready
 	@$(BIN)/weft demo
 
+# real servers run one after the other: their tests watch the clock
+SERVERS := tests/e2e tests/server/doors tests/client
+
 test: $(VENV)/ready $(LINKS)
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow and not gpu" -n auto --dist loadfile $(SERVERS:%=--ignore=%)
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(SERVERS)
 
 test-slow: $(VENV)/ready $(LINKS)
 	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800
