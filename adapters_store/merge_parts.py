@@ -14,6 +14,7 @@ from weft.adapters_store.parts import (
     NormOverride,
     Part,
     RowOverride,
+    SideNet,
     SoftPrompt,
     TokenMask,
 )
@@ -29,6 +30,7 @@ WORDS = {
     KVPrefix: "a prefix of keys and values",
     EmbeddingPair: "a scale of embeddings",
     Bottleneck: "a bottleneck",
+    SideNet: "a side network",
 }
 
 

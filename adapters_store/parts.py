@@ -141,4 +141,26 @@ class TokenMask:
     tokens: tuple[int, ...]
 
 
-Part = NormOverride | Bottleneck | KVPrefix | SoftPrompt | RowOverride | EmbeddingPair | TokenMask
+@dataclass(frozen=True, slots=True)
+class SideNet:
+    """A narrower network z [d / reduction] that reads the backbone's layers and puts its own end before the head.
+
+        z = first(input of the first layer);  for each of ``layers``: z = block(gate z + down(the layer's output));
+        what the head reads = up(norm(z))
+
+    gates:   [len(layers)]
+    first, up, downs:  weight and bias
+    norm, blocks:      parameters in the order of ``SideInfo``
+    """
+
+    reduction: int
+    layers: tuple[int, ...]
+    gates: Value
+    first: tuple[Value, Value]
+    up: tuple[Value, Value]
+    norm: tuple[Value, ...]
+    downs: tuple[tuple[Value, Value], ...]
+    blocks: tuple[tuple[Value, ...], ...]
+
+
+Part = NormOverride | Bottleneck | KVPrefix | SoftPrompt | RowOverride | EmbeddingPair | TokenMask | SideNet

@@ -21,6 +21,7 @@ from weft.adapters_store.parts import (
     NormOverride,
     Part,
     RowOverride,
+    SideNet,
     SoftPrompt,
     TokenMask,
 )
@@ -159,6 +160,22 @@ def plan_part(part: Part, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan
             return _of_embedding(Kind.EMBED_PAIR, info, words, left, right, vector(outer))
         case TokenMask(tokens):
             return RecordPlan(Kind.MASK, 0, tokens, (), "prompt", f"acts from the last of {len(tokens)} tokens on")
+        case SideNet():
+            return _side(part, dtype)
+
+
+def _side(part: SideNet, dtype: torch.dtype) -> RecordPlan:
+    def stored(value: Value) -> PiecePlan:
+        # whatever stands before the last axis counts as rows
+        columns = value.shape[-1] if value.shape else 1
+        return piece(value, (value.elements // columns, columns), dtype)
+
+    layers = [value for pair in zip(part.downs, part.blocks, strict=True) for values in pair for value in values]
+    whole = (*part.first, *part.up, *part.norm, *layers)
+    width, count = part.first[0].shape[0], len(part.layers)
+    pieces = (vector(part.gates), *(stored(value) for value in whole))
+    options = (part.reduction, *part.layers)
+    return RecordPlan(Kind.SIDE, 0, options, pieces, "hidden", f"side network of {count} layers, {width} wide")
 
 
 def _of_embedding(kind: Kind, info: CatalogueInfo, words: str, *pieces: PiecePlan | None) -> RecordPlan:

@@ -22,6 +22,7 @@ class Traits:
     position_offset:  where the text's positions begin beside that
     whole_prompt:     what it computes depends on which tokens run in one call: the prompt must not be cut
     cacheable:        keys and values of a prefix of the prompt may be used again
+    side_reduction:   a token takes 1 / side_reduction of a token's keys and values once more; 0: it does not
     token_mask:       the tokens from whose last occurrence on it acts; empty: everywhere
     """
 
@@ -30,6 +31,7 @@ class Traits:
     whole_prompt: bool = False
     cacheable: bool = True
     token_mask: tuple[int, ...] = ()
+    side_reduction: int = 0
 
 
 @dataclass(frozen=True, slots=True)

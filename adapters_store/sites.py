@@ -72,6 +72,21 @@ class EmbeddingInfo:
     scale: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class SideInfo:
+    """A network beside the backbone, of its own kind of layers but so many times narrower.
+
+    features:  its width
+    block:     name and shape of each parameter of a layer, as the backbone's modules name and store them
+    norm:      those of the norm behind the last layer
+    """
+
+    reduction: int
+    features: int
+    block: tuple[tuple[str, tuple[int, ...]], ...]
+    norm: tuple[tuple[str, tuple[int, ...]], ...]
+
+
 @dataclass(frozen=True)
 class CatalogueInfo:
     """Everything about a backbone's sites that can be said without its weights; crosses process boundaries.
@@ -86,6 +101,7 @@ class CatalogueInfo:
     hidden:     in order of layers; empty where the family's layers do not add up as x + attention, x + mlp
     layers:     decoder layers in order
     declared:   paths of the sites in the order in which the model's modules stand; empty if that is theirs here
+    sides:      networks that can run beside the backbone, by ascending reduction
     """
 
     digest: str
@@ -99,6 +115,7 @@ class CatalogueInfo:
     layers: tuple[LayerInfo, ...] = ()
     embedding: EmbeddingInfo | None = None
     declared: tuple[str, ...] = ()
+    sides: tuple[SideInfo, ...] = ()
 
     @cached_property
     def index(self) -> Mapping[str, int]:

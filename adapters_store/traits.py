@@ -15,7 +15,11 @@ def traits_of(head: Directory) -> Traits:
     rows = 0 if soft is None or soft.pieces[0] is None else soft.pieces[0].rows
     shifts = 0 if prefix is None else prefix.options[0] * prefix.options[1]
     gated = any(_gated(record) for record in head.records)
-    return Traits(rows, shifts, gated, not gated, () if mask is None else mask.options)
+    side = first.get(Kind.SIDE)
+    reduction = 0 if side is None else side.options[0]
+    # the network beside the backbone has read the whole prompt too
+    cacheable = not gated and side is None
+    return Traits(rows, shifts, gated, cacheable, () if mask is None else mask.options, reduction)
 
 
 def _gated(record: Record) -> bool:

@@ -46,6 +46,8 @@ class Kind(IntEnum):
         BANK        in a block of its own: F a [r, widest in]; F b [r, tallest out]
         SHARES      options: the eight words of a bank's digest; place = its number
         MASK        I tokens [k]: operators begin where these tokens occur last in the prompt
+        SIDE        V gate [n]; F first weight, first bias, up weight, up bias; parameters of the norm; then per layer
+                    F down weight, down bias, parameters of the block; options: reduction, layers [n]: ``parts.SideNet``
     """
 
     SPARSE = 1
@@ -61,9 +63,9 @@ class Kind(IntEnum):
     EMBED_ROWS = 20
     EMBED_PAIR = 21
     MASK = 22
+    SIDE = 23
     BANK = 30
     SHARES = 31
-    SIDE = 23
 
 
 DELTAS = frozenset({Kind.SPARSE, Kind.ROWS, Kind.COLUMNS, Kind.DENSE, Kind.GATED, Kind.SHARED})

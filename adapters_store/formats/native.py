@@ -10,6 +10,7 @@ from weft.adapters_store.formats import (
     native_difffit,
     native_ipt,
     native_krona_b,
+    native_lst,
     native_norm,
     native_rows,
     native_said,
@@ -34,6 +35,7 @@ PARSERS: Mapping[str, Callable[[Settings, Header, CatalogueInfo], ParsedAdapter]
         native_apt,
         native_bottleneck,
         native_krona_b,
+        native_lst,
         native_said,
         native_union,
     )

@@ -1,4 +1,4 @@
-"""Methods of PEFT, and formats of weft's own, that are refused, each with its own reason. Imports no torch."""
+"""Methods of PEFT that are refused, each with its own reason. Imports no torch."""
 
 from collections.abc import Mapping
 
@@ -14,6 +14,5 @@ REFUSED: Mapping[str, str] = {
     "PSOFT": f"PSOFT rotates singular vectors of a weight in the signs that they had, {AGAIN}",
     "ROAD": "RoAd rotates pairs of outputs, which only a dense matrix per linear could say here",
     "SHADOW": "Shadow runs a second model beside the backbone",
-    "X_LST": "a side network keeps keys and values of its own for every request, for which the engine has no place",
     "XLORA": "X-LoRA weights its adapters by what a first pass over the input says",
 }

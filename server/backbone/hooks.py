@@ -12,15 +12,16 @@ from weft.kernels.extras import Kind
 from weft.server.backbone import embedding
 from weft.server.backbone.norms import NormHook
 from weft.server.backbone.places import Places
+from weft.server.backbone.side import Networks, SideHook
 from weft.server.backbone.step import Step, active
 from weft.server.backbone.sublayers import Argument, Sublayer
 
 # where a prefix has its gate, among its pieces
 GATE = 2
 
-# norms, hidden places, attention inputs, the embedding: whether the hooks of each are wanted
-Wanted = tuple[bool, bool, bool, bool]
-NOTHING = (False, False, False, False)
+# norms, hidden places, attention inputs, networks beside, the embedding: whether the hooks of each are wanted
+Wanted = tuple[bool, bool, bool, bool, bool]
+NOTHING = (False, False, False, False, False)
 
 
 class Hook(Protocol):
@@ -34,8 +35,9 @@ class Hook(Protocol):
 class Hooks:
     """The hooks of one model; asked once per step which it needs."""
 
-    def __init__(self, model: nn.Module, places: Places):
+    def __init__(self, model: nn.Module, places: Places, networks: Networks):
         self._model, self._places = model, places
+        self._side = [SideHook(networks)]
         self._norms = [NormHook(place, i) for i, place in enumerate(places.norms)]
         self._sublayers = [Sublayer(place, i) for i, place in enumerate(places.hidden)]
         self._inputs = [_Keeper(layer, at) for layer, at in enumerate(places.inputs) if at is not None]
@@ -51,7 +53,7 @@ class Hooks:
         else:
             if rows is not self._known[0]:
                 self._known = (rows, self._wanted(rows, kernels))
-            wanted = (*self._known[1][:3], self._places.embedding is not None and embedding.wanted(step))
+            wanted = (*self._known[1][:4], self._places.embedding is not None and embedding.wanted(step))
         if wanted != self._attached:
             for handle in self._handles:
                 handle.remove()
@@ -63,16 +65,17 @@ class Hooks:
             any(kernels.has(rows, Kind.NORM, i) for i in range(len(self._norms))),
             any(kernels.touches_hidden(rows, i) for i in range(len(self._sublayers))),
             any(keeper.wanted(rows, kernels) for keeper in self._inputs),
+            kernels.has(rows, Kind.SIDE, 0),
             False,
         )
 
     def _attach(self, wanted: Wanted) -> Iterator[RemovableHandle]:
         # a norm's own hook comes before those that read what it makes
-        groups: tuple[Sequence[Hook], ...] = (self._norms, self._sublayers, self._inputs)
-        for hooks, needed in zip(groups, wanted[:3], strict=True):
+        groups: tuple[Sequence[Hook], ...] = (self._norms, self._sublayers, self._inputs, self._side)
+        for hooks, needed in zip(groups, wanted[:4], strict=True):
             for hook in hooks if needed else ():
                 yield from hook.attach(self._model)
-        if wanted[3]:
+        if wanted[4]:
             assert self._places.embedding is not None
             yield self._model.get_submodule(self._places.embedding.path).register_forward_hook(embedding.override)
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from weft.adapters_store.sites import CatalogueInfo
 from weft.kernels.layout import Geometry, SiteShape
-from weft.server.backbone import attention, places, sites
+from weft.server.backbone import attention, places, side, sites
 from weft.server.backbone.errors import UnsupportedBackbone
 from weft.server.backbone.hooks import Hooks
 from weft.server.backbone.linears import AdaptedLinear, LinearGroup
@@ -47,11 +47,12 @@ class Backbone:
         found = sites.watch(model, lambda: attends.append(census(model, lambda: self._bare(probe))), PROBE_TOKENS)
         self.kv_shapes = attends[0].shapes
         self.places = places.find(model, calls, watched.numel(), attends[0], found.head)
-        self._hooks = Hooks(model, self.places)
         attention.register()
         model.set_attn_implementation(attention.NAME)
+        beside = side.Networks(model, self.places, self.kv_shapes)
+        self._hooks = Hooks(model, self.places, beside)
         self.groups = self._adapt(found, probe, reference)
-        self.info: CatalogueInfo = sites.catalogue(model, self.groups, found.head, identity, self.places)
+        self.info: CatalogueInfo = sites.catalogue(model, self.groups, found.head, identity, self.places, beside.infos)
         self.parameter_bytes = _bytes(model)
         self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
         self.linears = self._pack()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from weft.adapters_store.sites import CatalogueInfo, SiteInfo
+from weft.adapters_store.sites import CatalogueInfo, SideInfo, SiteInfo
 from weft.server.backbone.linears import AdaptedLinear, LinearGroup
 from weft.server.backbone.places import Places
 
@@ -94,7 +94,12 @@ def adapt(model: PreTrainedModel, found: Found, fuse: bool) -> tuple[LinearGroup
 
 
 def catalogue(
-    model: PreTrainedModel, groups: tuple[LinearGroup, ...], head: str | None, digest: str, places: Places
+    model: PreTrainedModel,
+    groups: tuple[LinearGroup, ...],
+    head: str | None,
+    digest: str,
+    places: Places,
+    sides: tuple[SideInfo, ...] = (),
 ) -> CatalogueInfo:
     """Describe the sites and other places for those who have no weights."""
     names = {module: name for name, module in model.named_modules()}
@@ -122,6 +127,7 @@ def catalogue(
         layers=places.layers,
         embedding=places.embedding,
         declared=tuple(name for name, _ in model.named_modules() if name in paths),
+        sides=sides,
     )
 
 

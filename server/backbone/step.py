@@ -3,9 +3,10 @@
 Model code of transformers calls linears and attention without extra arguments; this is the channel to them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +59,21 @@ class DecodeSpan:
         return position < self.lengths[:, None] - window
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class SideSpan:
+    """Tokens of one sequence whose adapter has a network beside the backbone.
+
+    start, stop:  rows of the batch
+    slots:        [context] int64, slots of ``PagedKV.narrowed`` for the sequence's tokens up to the last of these
+    first:        the position of the first of these
+    """
+
+    start: int
+    stop: int
+    slots: Tensor
+    first: int
+
+
 class PagedKV:
     """Keys and values of every layer, [kv heads, slots, size] each: a page of one head is contiguous.
 
@@ -75,6 +91,15 @@ class PagedKV:
         for tensor in (*self.keys, *self.values):
             tensor[:, :slots] = 0
 
+    def narrowed(self, layers: Sequence[int], reduction: int) -> "PagedKV":
+        """The same memory for layers whose keys and values are narrower: each slot of these layers is so many."""
+        narrow = copy(self)
+        for name in ("keys", "values"):
+            of_layer = [getattr(self, name)[layer] for layer in layers]
+            views = [t.view(t.shape[0], t.shape[1] * reduction, t.shape[2] // reduction) for t in of_layer]
+            setattr(narrow, name, views)
+        return narrow
+
     @staticmethod
     def token_bytes(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> int:
         """Bytes that one token's keys and values take in all layers."""
@@ -89,6 +114,7 @@ class Step:
     rows:         adapters of the token rows, None when all are base rows
     head_rows:    adapters of the rows whose logits are kept, None when all are base rows
     soft:         rows that stand for soft prompts
+    side:         rows whose adapters have a network beside the backbone
     attention_inputs:  by layer, what its attention was given, while a row's prefix asks for it
     """
 
@@ -100,6 +126,7 @@ class Step:
     rows: Rows | None = None
     head_rows: Rows | None = None
     soft: tuple[SoftSpan, ...] = ()
+    side: tuple[SideSpan, ...] = ()
     attention_inputs: dict[int, Tensor] = field(default_factory=dict)
 
 

@@ -16,7 +16,8 @@ class Request:
     """Only the scheduler changes it. Its tokens are the adapter's extra rows, the prompt, and the output.
 
     computed:   tokens whose keys and values are cached
-    slots:      [length_max] int64, the KV slot of each token, from admission to the end
+    slots:      [slots_max] int64, the KV slot of each token, then those that its side network shares out, from
+                admission to the end
     traits:     of its adapter, from admission on
     acts_from:  the first token on which the adapter acts
     """
@@ -46,6 +47,12 @@ class Request:
     def length_max(self) -> int:
         """Tokens it may grow to; pages for all of them are reserved at admission."""
         return self.traits.extra_rows + len(self.submit.prompt) + self.submit.max_new_tokens
+
+    @property
+    def slots_max(self) -> int:
+        """KV slots that these tokens take, with those of a side network, which shares each out among several."""
+        reduction = self.traits.side_reduction
+        return self.length_max + (-(-self.length_max // reduction) if reduction else 0)
 
     def token(self, index: int) -> int:
         """The token at a known index; 0 stands for an extra row, which has no token."""

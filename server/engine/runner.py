@@ -9,7 +9,7 @@ from weft.kernels.batch import Rows, Segment, SoftSpan
 from weft.kernels.dispatch import Kernels
 from weft.kernels.extras import Kind
 from weft.server.backbone.model import Backbone
-from weft.server.backbone.step import DecodeSpan, PagedKV, PrefillSpan, Step
+from weft.server.backbone.step import DecodeSpan, PagedKV, PrefillSpan, SideSpan, Step
 from weft.server.engine.request import Request
 from weft.server.engine.sampler import pick
 from weft.server.engine.scheduler import Batch, Item
@@ -53,6 +53,7 @@ class Runner:
             rows=self._adapter_rows([(item, item.start, item.count) for item in batch.items]),
             head_rows=self._adapter_rows([(item, item.start + item.count - 1, 1) for item, _ in sampling]),
             soft=_soft_spans(batch, starts),
+            side=self._side_spans(batch, starts),
         )
         keep = self._tensor([row for _, row in sampling])
         logits = self._backbone.forward(self._tensor(ids), self._tensor(positions), keep, step)
@@ -106,6 +107,19 @@ class Runner:
                 known = item.request.slots[: item.start + item.count].to(self._backbone.device)
                 shifted = item.request.traits.position_offset > 0
                 spans.append(PrefillSpan(start, start + item.count, known, prefixed, shifted))
+        return tuple(spans)
+
+    def _side_spans(self, batch: Batch, starts: list[int]) -> tuple[SideSpan, ...]:
+        """Where side networks keep the keys and values of their tokens: in slots behind those of the request."""
+        spans = []
+        for item, start in zip(batch.items, starts, strict=True):
+            request, reduction = item.request, item.request.traits.side_reduction
+            if reduction:
+                assert request.slots is not None
+                index = torch.arange(item.start + item.count)
+                slots = request.slots[request.length_max + index // reduction] * reduction + index % reduction
+                first = item.start + request.traits.position_offset
+                spans.append(SideSpan(start, start + item.count, slots.to(self._backbone.device), first))
         return tuple(spans)
 
     def _slot_tables(self, like: dict[int, list[Request]]) -> list[Tensor]:

@@ -196,7 +196,7 @@ class Scheduler:
         now = self._clock()
         for request in tuple(self._waiting.values()):
             full = len(self._running) >= self._batch_requests_max
-            if full or not self._pages.fits(request.length_max):
+            if full or not self._pages.fits(request.slots_max):
                 return
             # the lease comes last: one held in the queue would keep room from whoever is ahead
             if not self._hold_adapter(request, now):
@@ -207,7 +207,7 @@ class Scheduler:
                 if request.submit.id in self._waiting:
                     return
                 continue
-            request.pages = self._pages.allocate(request.length_max)
+            request.pages = self._pages.allocate(request.slots_max)
             request.slots = self._slots(request.pages)
             del self._waiting[request.submit.id]
             self._running[request.submit.id] = request
@@ -216,9 +216,11 @@ class Scheduler:
 
     def _too_large(self, request: Request) -> str | None:
         """Why a request can never run, or None."""
-        if self._pages.count(request.length_max) > self._pages.total:
+        if self._pages.count(request.slots_max) > self._pages.total:
             limit = self._pages.total * self._pages.page_tokens
-            return f"prompt plus max_new_tokens: kv_bytes_max holds {limit} tokens, got {request.length_max}"
+            beside = request.slots_max - request.length_max
+            also = f" and {beside} more for the adapter's side network" if beside else ""
+            return f"prompt plus max_new_tokens: kv_bytes_max holds {limit} tokens, got {request.length_max}{also}"
         whole = self._batch_tokens_max - self._batch_requests_max
         if request.traits.whole_prompt and request.length > whole:
             return f"prompt: this adapter's gates need it in one step, which holds {whole} tokens, got {request.length}"
@@ -235,7 +237,7 @@ class Scheduler:
         if problem is not None:
             self._retire(request, Failed(request.submit.id, Failure.REQUEST_TOO_LARGE, problem))
             return False
-        if self._pages.fits(request.length_max):
+        if self._pages.fits(request.slots_max):
             return True
         self._adapters.release(request.lease)
         request.lease, request.traits = None, NO_TRAITS

@@ -55,7 +55,8 @@ def _common() -> Iterator[tuple[str, Refused]]:
     yield "targets", case("target_modules", "a list of names", target_modules=[1])
     yield "unknown_key", case("sauce", "settings of X_BITFIT", sauce=None)
     side = {"side.first_down": ones(8, 32)}
-    yield "side_network", Refused("X_LST", side, {}, "peft_type", "a side network keeps keys and values of its own")
+    said = {"reduction": 4, "layers": [0], "gate_temperature": 0.1}
+    yield "side_network", Refused("X_LST", side, said, "peft_type", "a backbone that a side network can stand beside")
     stray = f"{LLAMA_UP}.lora_A.weight"
     yield (
         "other_tensor",

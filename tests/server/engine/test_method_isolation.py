@@ -13,7 +13,7 @@ from weft.adapters_store.traits import traits_of
 from weft.kernels.batch import Block, Segment, SoftSpan
 from weft.kernels.extras import Kind
 from weft.server.backbone.model import Backbone
-from weft.server.backbone.step import PagedKV, PrefillSpan, Step
+from weft.server.backbone.step import PagedKV, PrefillSpan, SideSpan, Step
 from weft.server.engine.config import EngineConfig
 from weft.server.engine.offline import OfflineEngine
 
@@ -52,9 +52,10 @@ class Batch:
         """Logits [sequences, tokens, vocabulary] of one pass in which sequence i carries ``carried[i]``."""
         backbone, kernels = self.offline.engine.backbone, self.offline.engine.kernels
         count = len(carried)
-        kv = PagedKV(backbone.kv_shapes, 1 + count * TOKENS, backbone.dtype, backbone.device)
+        # those of networks beside the backbone, which share slots out, stand behind the texts'
+        kv = PagedKV(backbone.kv_shapes, 1 + 2 * count * TOKENS, backbone.dtype, backbone.device)
         slots = torch.arange(1, 1 + count * TOKENS)
-        spans, segments, soft = [], [], []
+        spans, segments, soft, side = [], [], [], []
         positions = torch.arange(TOKENS).repeat(count)
         for i, name in enumerate(carried):
             start, stop = i * TOKENS, (i + 1) * TOKENS
@@ -68,8 +69,11 @@ class Batch:
             if traits is not None and traits.extra_rows:
                 assert block is not None
                 soft.append(SoftSpan(start, start + min(traits.extra_rows, TOKENS), 0, block))
+            if traits is not None and traits.side_reduction:
+                first = (1 + (count + i) * TOKENS) * traits.side_reduction
+                side.append(SideSpan(start, stop, torch.arange(first, first + TOKENS), shift))
         rows = kernels.rows(segments)
-        step = Step(kv, slots, (), tuple(spans), kernels, rows, rows, tuple(soft))
+        step = Step(kv, slots, (), tuple(spans), kernels, rows, rows, tuple(soft), tuple(side))
         keep = torch.arange(count * TOKENS)
         return backbone.forward(self.ids, positions, keep, step).view(count, TOKENS, -1)
 

@@ -221,6 +221,10 @@ def soft(rows):
     return (Record(Kind.SOFT, 0, (), (Piece(16, rows, 8, 0),)),)
 
 
+def side(reduction):
+    return (Record(Kind.SIDE, 0, (reduction, 0), ()),)
+
+
 def gated():
     gate = Piece(16, 1, 8, 1)
     return (Record(Kind.PREFIX, 0, (2, 0, 0), (gate, gate, gate, None)),)
@@ -257,6 +261,50 @@ def test_extra_rows_that_can_never_fit_end_the_request():
     assert isinstance(event, Failed)
     assert event.failure is Failure.REQUEST_TOO_LARGE
     assert not residency.held
+
+
+@pytest.mark.parametrize("end", ["finished", "aborted", "failed"])
+def test_the_slots_of_a_side_network_are_held_from_admission_to_the_end(end):
+    scheduler, residency, pool = make(tokens=16)
+    residency.records["a"] = side(4)
+    submit(scheduler, "plain", prompt=7, new=5)
+    submit(scheduler, "beside", prompt=7, new=5, adapter="a")
+    batch = scheduler.plan()
+    (request,) = [r for r in scheduler.running if r.submit.id == "beside"]
+    # twelve tokens, and a quarter of what twelve take
+    assert (request.length_max, request.slots_max) == (12, 15)
+    assert (pool.used, len(request.pages)) == (pool.count(12) + pool.count(15), pool.count(15))
+    assert request.slots.numel() >= 15
+    assert len(set(request.slots.tolist())) == request.slots.numel()
+    if end == "aborted":
+        scheduler.abort(RequestId("beside"))
+        assert pool.used == pool.count(12)
+    elif end == "failed":
+        scheduler.fail(batch, Failure.BUG, "")
+        assert pool.used == 0
+    for _ in range(9):
+        run_step(scheduler)
+    assert (residency.held, pool.used) == ([], 0)
+    pool.check()
+
+
+def test_a_side_network_waits_for_its_slots_and_is_told_when_there_can_be_none():
+    scheduler, residency, pool = make(pages=1 + 6)
+    residency.records |= {"a": side(2), "b": side(2)}
+    submit(scheduler, "first", prompt=6, new=2)
+    submit(scheduler, "second", prompt=6, new=6, adapter="a")
+    scheduler.plan()
+    # three pages for its text are free, but not two more for what stands beside it
+    assert [request.submit.id for request in scheduler.running] == ["first"]
+    assert not residency.held
+    submit(scheduler, "never", prompt=12, new=6, adapter="b")
+    scheduler.abort(RequestId("first"))
+    scheduler.abort(RequestId("second"))
+    scheduler.plan()
+    (event,) = [event for event in scheduler.drain_events() if isinstance(event, Failed)]
+    assert event.failure is Failure.REQUEST_TOO_LARGE
+    assert "holds 24 tokens, got 18 and 9 more for the adapter's side network" in event.message
+    assert (residency.held, pool.used) == ([], 0)
 
 
 def test_a_gated_prompt_is_never_cut():
