@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from weft.kernels.extras import DELTAS, Kind, Record
 from weft.kernels.layout import BETA_OFF, KRON_COUNT, RANK, SIGMA_IN_OFF, SIGMA_OFF, Directory, Geometry
+
+if TYPE_CHECKING:
+    from weft.kernels.parts import Carried
 
 
 class BatchError(ValueError):
@@ -80,6 +84,8 @@ class Rows:
             words = block.directory.sites[:, (RANK, KRON_COUNT, SIGMA_OFF, BETA_OFF)].any(axis=1)
             self.touched |= np.logical_or.reduceat(words, starts)
         self.records: dict[tuple[Kind, int], list[tuple[Segment, Record]]] = {}
+        # the same with their pieces, from the first use on
+        self.carried: dict[tuple[Kind, int], list[Carried]] = {}
         for segment in self.segments:
             assert segment.block is not None
             for record in segment.block.directory.records:

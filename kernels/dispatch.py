@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from weft.kernels import parts
+from weft.kernels.bags import Chosen
 from weft.kernels.batch import BatchError, Block, Rows, Segment, SoftSpan
 from weft.kernels.extras import DELTAS, Kind, Record
 from weft.kernels.layout import ACT, ALIGN, FACTOR_DTYPES, RANK, TAP_SHIFT, Geometry, Views
@@ -82,8 +83,12 @@ class Kernels(ABC):
 
     def carried(self, rows: Rows, kind: Kind, place: int) -> list[Carried]:
         """The records of this kind at this place, with the rows that they are for."""
-        found = rows.records.get((kind, place), ())
-        return [Carried(segment, record, self._pieces_of(segment.block, record)) for segment, record in found]
+        known = rows.carried.get((kind, place))
+        if known is None:
+            found = rows.records.get((kind, place), ())
+            known = [Carried(segment, record, self._pieces_of(segment.block, record)) for segment, record in found]
+            rows.carried[kind, place] = known
+        return known
 
     def _pieces_of(self, block: Block | None, record: Record) -> Pieces:
         assert block is not None
@@ -103,15 +108,16 @@ class Kernels(ABC):
 
         out, x:  [tokens, groups, d], what the frozen module made of what
         """
-        for carried in self.carried(rows, Kind.NORM, place):
-            weight, bias = carried.pieces
-            made = normed(x[carried.rows], norm) * (
-                norm.offset + (norm.weight if weight is None else weight[0]).float()
-            )
-            shift = norm.bias if bias is None else bias[0]
-            if shift is not None:
-                made = made + shift
-            out[carried.rows] = made.to(out.dtype)
+        carried = self.carried(rows, Kind.NORM, place)
+        if not carried:
+            return
+        chosen = Chosen([row for each in carried for row in range(*each.span)], x.device)
+        made = normed(chosen.take(x), norm) * (norm.offset + parts.by_row(carried, 0, norm.weight))
+        if norm.bias is not None or any(each.pieces[1] is not None for each in carried):
+            made += parts.by_row(carried, 1, torch.zeros_like(norm.weight) if norm.bias is None else norm.bias)
+        part = chosen.take(out)
+        part.copy_(made)
+        chosen.give(out, part)
 
     def touches_hidden(self, rows: Rows, place: int) -> bool:
         """Whether any row's adapter does something behind this sublayer."""
