@@ -1,4 +1,4 @@
-"""A norm module as arithmetic sees it, and what an adapter makes of it: ((x − mean) · rsqrt(var + eps)) · (offset + w) + b."""
+"""A norm module as arithmetic sees it: ((x − mean) · rsqrt(var + eps)) · (offset + w) + b."""
 
 from dataclasses import dataclass
 
