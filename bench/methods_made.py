@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from weft.adapters_store.sites import CatalogueInfo, SiteInfo
+from weft.adapters_store.sites import CatalogueInfo, SideInfo, SiteInfo
 
 SPREAD = 0.02
 PREFIX = "base_model.model."
@@ -73,14 +73,45 @@ def by_peft(name: str, words: str, config: Callable[[], PeftConfig]) -> Made:
     return Made(name, words, write)
 
 
-def native(name: str, words: str, settings: Mapping[str, object], tensors: Callable[[Ground], Tensors]) -> Made:
+Said = Mapping[str, object] | Callable[[Ground], Mapping[str, object]]
+
+
+def _said(settings: Said, ground: Ground) -> dict[str, object]:
+    """Settings that may depend on the backbone."""
+    return dict(settings(ground) if callable(settings) else settings)
+
+
+def _named(key: str, ground: Ground) -> str:
+    """A tensor's name in a file: one of a module has a prefix."""
+    return f"{PREFIX}{key}" if key.partition(".")[0] in ground.info.modules else key
+
+
+def union(name: str, words: str, *members: tuple[Said, Callable[[Ground], Tensors]]) -> Made:
+    """A method that is several in weft's own formats, or in peft's."""
+
+    def tensors(ground: Ground) -> Tensors:
+        found: Tensors = {}
+        for number, (_, of) in enumerate(members):
+            found |= {f"member.{number}.{_named(key, ground)}": tensor for key, tensor in of(ground).items()}
+        return found
+
+    def write(ground: Ground, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        config = {"peft_type": "X_UNION", "format_version": 1, "members": [_said(said, ground) for said, _ in members]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file({k: t.contiguous() for k, t in tensors(ground).items()}, folder / "adapter_model.safetensors")
+
+    return Made(name, words, write)
+
+
+def native(name: str, words: str, settings: Said, tensors: Callable[[Ground], Tensors]) -> Made:
     """A method in weft's own format."""
 
     def write(ground: Ground, folder: Path) -> None:
         folder.mkdir(parents=True)
-        config = {"format_version": 1, **settings}
+        config = {"format_version": 1, **_said(settings, ground)}
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        found = {f"{PREFIX}{key}" if "." in key else key: t.contiguous() for key, t in tensors(ground).items()}
+        found = {_named(key, ground): t.contiguous() for key, t in tensors(ground).items()}
         save_file(found, folder / "adapter_model.safetensors")
 
     return Made(name, words, write)
@@ -202,7 +233,68 @@ def _soft(ground: Ground) -> Tensors:
     return {"prompt_embeddings": ground.draw(VIRTUAL_TOKENS, ground.info.embedding.features)}
 
 
+def _light(ground: Ground) -> Tensors:
+    found: Tensors = {"theta_d": ground.draw(1024)}
+    for number, site in enumerate(ground.body):
+        size = 1 << (site.in_features + site.out_features - 1).bit_length()
+        generator = torch.Generator().manual_seed(number)
+        name = f"proj.{site.path}.weight"
+        found[f"{name}.B"] = (torch.randint(2, (size,), generator=generator) * 2 - 1).to(torch.int8)
+        found[f"{name}.Pi"] = torch.randperm(size, generator=generator).int()
+        found[f"{name}.G"] = torch.randn(size, generator=generator)
+        found[f"{name}.divisor"] = torch.tensor([size**0.5])
+    return found
+
+
+def _side(ground: Ground) -> Tensors:
+    layers, side = ground.info.layers, _side_of(ground)
+    width, narrow = layers[0].features, side.features
+    found = {
+        "side.first_down.weight": ground.draw(narrow, width),
+        "side.first_down.bias": ground.draw(narrow),
+        "side.up.weight": ground.draw(width, narrow),
+        "side.up.bias": ground.draw(width),
+        **{f"side.final_norm.{name}": 1 + ground.draw(*shape) for name, shape in side.norm},
+    }
+    for i in range(len(layers)):
+        found |= {
+            f"side.down.{i}.weight": ground.draw(narrow, width),
+            f"side.down.{i}.bias": ground.draw(narrow),
+            f"side.gate_alpha.{i}": torch.zeros(1),
+            **{f"side.block.{i}.{name}": 1.0 * ("norm" in name) + ground.draw(*shape) for name, shape in side.block},
+        }
+    return found
+
+
+def _side_settings(ground: Ground) -> dict[str, object]:
+    layers = list(range(len(ground.info.layers)))
+    return {"peft_type": "X_LST", "reduction": _side_of(ground).reduction, "gate_temperature": 0.1, "layers": layers}
+
+
+def _prefix_settings(ground: Ground) -> dict[str, object]:
+    layers = ground.info.layers
+    return {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": CAUSAL,
+        "num_virtual_tokens": VIRTUAL_TOKENS,
+        "num_transformer_submodules": 1,
+        "num_layers": len(layers),
+        "num_attention_heads": layers[0].kv_heads,
+        "token_dim": layers[0].kv_heads * layers[0].key_size,
+    }
+
+
+def _prefix(ground: Ground) -> Tensors:
+    return {"prompt_embeddings": _gated_prefix(ground)["prompt_embeddings"]}
+
+
+def _side_of(ground: Ground) -> SideInfo:
+    """The narrowest network, but not below an eighth."""
+    return max((side for side in ground.info.sides if side.reduction <= 8), key=lambda side: side.reduction)
+
+
 CAUSAL = "CAUSAL_LM"
+GATED = {"gate_input": "mean", "gate_scope": "per_call", "applies_to": "kv"}
 HOUSE = {"tap": "h", "act": "silu", "scale": 1.0}
 
 MADE: tuple[Made, ...] = (
@@ -250,10 +342,18 @@ MADE: tuple[Made, ...] = (
         {"peft_type": "X_KRONA_B", "scale": 1.0, "tap": "ln_x", "variant": "B"},
         _kron_beside,
     ),
+    native("Intrinsic SAID", "light, 1024 numbers", {"peft_type": "X_SAID", "variant": "light_rank1"}, _light),
+    union(
+        "MAM",
+        "16 tokens, 1/4 beside the MLP",
+        (_prefix_settings, _prefix),
+        ({"peft_type": "X_BOTTLENECK", "format_version": 1, **HOUSE, "tap": "x_res"}, bottleneck("mlp", reduction=4)),
+    ),
+    native("Ladder-side", "1/8, all layers", _side_settings, _side),
     native(
         "Adaptive prefix",
         "16 tokens, gated",
-        {"peft_type": "X_APT", "gate_input": "mean", "gate_scope": "per_call", "applies_to": "kv"},
+        {"peft_type": "X_APT", **GATED},
         _gated_prefix,
     ),
 )
