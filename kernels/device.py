@@ -89,10 +89,10 @@ class TritonKernels(Kernels):
                 *places, tiles, y.stride(0), x.stride(0), **common, **options
             )
 
-    def _add_delta(self, y: Tensor, x: Tensor, carried: Carried) -> None:
+    def _add_deltas(self, y: Tensor, x: Tensor, site: int, carried: Sequence[Carried]) -> None:
         # ``_apply`` has added those
-        if carried.record.kind not in (Kind.SPARSE, Kind.ROWS):
-            super()._add_delta(y, x, carried)
+        if carried[0].record.kind not in (Kind.SPARSE, Kind.ROWS):
+            super()._add_deltas(y, x, site, carried)
 
     def override_norm(self, out: Tensor, x: Tensor, rows: Rows, place: int, norm: Norm) -> None:
         assert isinstance(rows, TritonRows)

@@ -65,17 +65,19 @@ class Kernels(ABC):
         for site in self.geometry.members[group]:
             right = left + self.geometry.sites[site].out_features
             for kind in DELTAS:
-                for carried in self.carried(rows, kind, site):
-                    self._add_delta(y[:, left:right], x, carried)
+                carried = self.carried(rows, kind, site)
+                if carried:
+                    self._add_deltas(y[:, left:right], x, site, carried)
             left = right
 
     @abstractmethod
     def _apply(self, y: Tensor, x: Tensor, rows: Rows, group: int) -> None:
         """All of ``apply`` but the deltas; the tensors fit."""
 
-    def _add_delta(self, y: Tensor, x: Tensor, carried: Carried) -> None:
-        """Add one adapter's delta at a site, in its rows of y [tokens, out] and x [tokens, in]."""
-        parts.add_delta(y[carried.rows], x[carried.rows], carried)
+    def _add_deltas(self, y: Tensor, x: Tensor, site: int, carried: Sequence[Carried]) -> None:
+        """Add deltas of one kind at a site, each in its rows of y [tokens, out] and x [tokens, in]."""
+        for each in carried:
+            parts.add_delta(y[each.rows], x[each.rows], each)
 
     def has(self, rows: Rows, kind: Kind, place: int) -> bool:
         """Whether any row's adapter has this record; known on the host, costs no device work."""

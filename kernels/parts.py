@@ -36,6 +36,12 @@ class Carried:
         return slice(self.segment.start, self.segment.stop)
 
     @property
+    def block_key(self) -> int:
+        """Of the adapter."""
+        assert self.segment.block is not None
+        return self.segment.block.key
+
+    @property
     def span(self) -> tuple[int, int]:
         """First row of the batch and the one behind the last."""
         return self.segment.start, self.segment.stop
@@ -101,10 +107,7 @@ def _sparse(x: Tensor, index: Tensor, values: Tensor, tall: int) -> Tensor:
     wide = x.shape[1]
     firsts = torch.arange(0, (tall + 1) * wide, wide, dtype=torch.int64, device=x.device)
     starts = torch.searchsorted(index, firsts).int()
-    same = x.dtype == values.dtype
-    table = x.T.contiguous() if same else x.T.float().contiguous()
-    summed = bag(table, index % wide, starts, values.contiguous() if same else values.float())
-    return summed.T
+    return bag(x.T.float().contiguous(), index % wide, starts, values.float()).T
 
 
 def bottleneck(h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, carried: Carried) -> Tensor:

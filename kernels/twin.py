@@ -15,6 +15,8 @@ from weft.kernels.activation import activate
 from weft.kernels.bags import Chosen, Pattern, Places, Plan
 from weft.kernels.batch import Block, Rows, Segment
 from weft.kernels.dispatch import Kernels
+from weft.kernels.extras import Kind
+from weft.kernels.joined import Joined
 from weft.kernels.layout import (
     A_OFF,
     ACT,
@@ -28,6 +30,7 @@ from weft.kernels.layout import (
     TAP_SHIFT,
     Geometry,
 )
+from weft.kernels.parts import Carried
 from weft.kernels.working_set import HEAD, GroupForm, Pool, Slot, WorkingSet, fill, forms_of
 
 # up to here reading an adapter once per row is cheaper than setting up matmuls
@@ -69,12 +72,14 @@ class TorchKernels(Kernels):
     def __init__(self, arena: Tensor, geometry: Geometry, working_set_bytes_max: int) -> None:
         super().__init__(arena, geometry)
         self._set = WorkingSet(geometry, self._views, working_set_bytes_max, arena.device)
+        # beside the pool, a fourth of its budget
+        self._joined = Joined(working_set_bytes_max // 4)
         # one section, written anew for every use
         self._scratch: Pool | None = None
 
     @property
     def working_set_bytes(self) -> int:
-        return self._set.bytes
+        return self._set.bytes + self._joined.nbytes
 
     @property
     def working_set_misses(self) -> int:
@@ -82,6 +87,7 @@ class TorchKernels(Kernels):
 
     def forget(self, key: int) -> None:
         super().forget(key)
+        self._joined.forget(key)
         self._set.forget(key)
 
     def check(self) -> None:
@@ -156,6 +162,10 @@ class TorchKernels(Kernels):
         pieces = np.arange(-(-self.geometry.in_features(group) // lanes))
         index = torch.from_numpy((np.array(starts)[:, None] + pieces).reshape(-1)).to(self.arena.device)
         return Scale(Chosen(chosen, self.arena.device), index, lanes), tuple(apart)
+
+    def _add_deltas(self, y: Tensor, x: Tensor, site: int, carried: Sequence[Carried]) -> None:
+        left = self._joined.add(y, x, site, carried) if carried[0].record.kind is Kind.SPARSE else carried
+        super()._add_deltas(y, x, site, left)
 
     def _settle(self, rows: TorchRows) -> None:
         rows.slots = self._set.acquire(rows.short_blocks)
