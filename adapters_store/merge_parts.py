@@ -1,6 +1,6 @@
 """Parts of several adapters as those of one: what adds up, stands in line, or may stand once. Imports no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ from weft.adapters_store.errors import AdapterInvalid, expected
 from weft.adapters_store.parts import (
     Bottleneck,
     EmbeddingPair,
+    ExpertPair,
     KronSum,
     KVPrefix,
     Matrix,
@@ -31,6 +32,7 @@ WORDS = {
     EmbeddingPair: "a scale of embeddings",
     Bottleneck: "a bottleneck",
     SideNet: "a side network",
+    ExpertPair: "a pair inside experts",
 }
 
 
@@ -98,7 +100,7 @@ def _weighted(part: Part, label: str, weight: float) -> Part:
         return part
     if isinstance(part, Bottleneck):
         return _weighted_bottleneck(part, weight)
-    if isinstance(part, EmbeddingPair) and part.outer is None:
+    if isinstance(part, ExpertPair) or (isinstance(part, EmbeddingPair) and part.outer is None):
         return replace(part, scale=part.scale * weight)
     raise needs_one(label, weight, f"{WORDS[type(part)]} has no weight")
 
@@ -132,6 +134,8 @@ def _place(part: Part) -> object:
             return (Bottleneck, part.layer, part.after) if part.plain else None
         case EmbeddingPair():
             return None
+        case ExpertPair(path, parameter, _, _, _):
+            return (ExpertPair, path, parameter)
         case _:
             return type(part)
 
@@ -158,6 +162,8 @@ def _together(there: Part, owner: str, part: Part, label: str) -> Part:
                 got = f"one that reads {part.tap} and bends by {part.act}"
                 raise expected(label, f"{wanted} behind the {part.after} of layer {part.layer}", got)
             return _wider(there, part)
+        case ExpertPair(), ExpertPair():
+            return _both_inside(there, part)
         case NormOverride(path, _, _), _:
             wanted = f"one override of the norm {path}"
             raise expected(label, wanted, f"another beside that of {owner}", "one would undo the other")
@@ -182,13 +188,7 @@ def _wider(there: Bottleneck, part: Bottleneck) -> Bottleneck:
     assert isinstance(there.up, Matrix)
     assert isinstance(part.up, Matrix)
     a, b = there.up.weight, part.up.weight
-
-    def beside(first: "Tensor", second: "Tensor") -> "Tensor":
-        import torch
-
-        return torch.cat([first, second], dim=1)
-
-    up = Computed(a.name, (a.shape[0], a.shape[1] + b.shape[1]), beside, (a, b))
+    up = Computed(a.name, (a.shape[0], a.shape[1] + b.shape[1]), _beside(1), (a, b))
     ranks = there.down.shape[0], part.down.shape[0]
     return replace(
         there,
@@ -197,6 +197,23 @@ def _wider(there: Bottleneck, part: Bottleneck) -> Bottleneck:
         down_bias=_end_to_end(there.down_bias, part.down_bias, ranks),
         up_bias=_sum(there.up_bias, part.up_bias),
     )
+
+
+def _both_inside(there: ExpertPair, part: ExpertPair) -> ExpertPair:
+    """Two pairs inside the same experts as one of both ranks."""
+    (count, rank, wide), (_, more, _), tall = there.a.shape, part.a.shape, there.b.shape[1]
+    a = Computed(there.a.name, (count, rank + more, wide), _beside(1), (there.a, part.a))
+    scaled = times(there.b, there.scale), times(part.b, part.scale)
+    return replace(there, a=a, b=Computed(there.b.name, (count, tall, rank + more), _beside(2), scaled), scale=1.0)
+
+
+def _beside(dim: int) -> "Callable[[Tensor, Tensor], Tensor]":
+    def formula(first: "Tensor", second: "Tensor") -> "Tensor":
+        import torch
+
+        return torch.cat([first, second], dim=dim)
+
+    return formula
 
 
 def _end_to_end(a: Value | None, b: Value | None, ranks: tuple[int, int]) -> Value | None:

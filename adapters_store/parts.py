@@ -163,4 +163,20 @@ class SideNet:
     blocks: tuple[tuple[Value, ...], ...]
 
 
-Part = NormOverride | Bottleneck | KVPrefix | SoftPrompt | RowOverride | EmbeddingPair | TokenMask | SideNet
+@dataclass(frozen=True, slots=True)
+class ExpertPair:
+    """The weight of expert e, of those that one parameter of a module holds, += scale · b[e] a[e].
+
+    a:  [experts, r, in];  b: [experts, out, r]
+    """
+
+    path: str
+    parameter: str
+    a: Value
+    b: Value
+    scale: float
+
+
+Part = (
+    NormOverride | Bottleneck | KVPrefix | SoftPrompt | RowOverride | EmbeddingPair | TokenMask | SideNet | ExpertPair
+)

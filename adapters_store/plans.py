@@ -14,6 +14,7 @@ from weft.adapters_store.parts import (
     TAPS,
     Bottleneck,
     EmbeddingPair,
+    ExpertPair,
     Gate,
     KronSum,
     KVPrefix,
@@ -162,6 +163,21 @@ def plan_part(part: Part, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan
             return RecordPlan(Kind.MASK, 0, tokens, (), "prompt", f"acts from the last of {len(tokens)} tokens on")
         case SideNet():
             return _side(part, dtype)
+        case ExpertPair():
+            return _experts(part, info, dtype)
+
+
+def _experts(part: ExpertPair, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:
+    place, scale = info.experts_index[part.path], part.scale
+    (count, rank, wide), tall = part.a.shape, part.b.shape[1]
+    number = [name for name, _ in info.experts[place].parameters].index(part.parameter)
+    # both along their long side, for rows are padded
+    pieces = (
+        piece(part.a, (count * rank, wide), dtype),
+        piece(part.b, (count * rank, tall), dtype, lambda t: t.transpose(1, 2) * scale),
+    )
+    words = f"low_rank r={rank} of {count} experts in {part.parameter}"
+    return RecordPlan(Kind.EXPERTS, place, (number,), pieces, part.path, words, rank)
 
 
 def _side(part: SideNet, dtype: torch.dtype) -> RecordPlan:

@@ -87,6 +87,18 @@ class SideInfo:
     norm: tuple[tuple[str, tuple[int, ...]], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsInfo:
+    """A module that holds several experts' weights, each of its parameters those of all of them.
+
+    parameters:  name of each and (out, in) of one expert's part, in the order in which the module declares them
+    """
+
+    path: str
+    experts: int
+    parameters: tuple[tuple[str, tuple[int, int]], ...]
+
+
 @dataclass(frozen=True)
 class CatalogueInfo:
     """Everything about a backbone's sites that can be said without its weights; crosses process boundaries.
@@ -102,6 +114,7 @@ class CatalogueInfo:
     layers:     decoder layers in order
     declared:   paths of the sites in the order in which the model's modules stand; empty if that is theirs here
     sides:      networks that can run beside the backbone, by ascending reduction
+    experts:    modules of experts, in the order in which they run
     """
 
     digest: str
@@ -116,6 +129,7 @@ class CatalogueInfo:
     embedding: EmbeddingInfo | None = None
     declared: tuple[str, ...] = ()
     sides: tuple[SideInfo, ...] = ()
+    experts: tuple[ExpertsInfo, ...] = ()
 
     @cached_property
     def index(self) -> Mapping[str, int]:
@@ -126,6 +140,11 @@ class CatalogueInfo:
     def norm_index(self) -> Mapping[str, int]:
         """Norm index by module path."""
         return {norm.path: i for i, norm in enumerate(self.norms)}
+
+    @cached_property
+    def experts_index(self) -> Mapping[str, int]:
+        """Index of a module of experts by its path."""
+        return {experts.path: i for i, experts in enumerate(self.experts)}
 
     @cached_property
     def hidden_index(self) -> Mapping[tuple[int, str], int]:

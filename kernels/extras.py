@@ -48,6 +48,8 @@ class Kind(IntEnum):
         MASK        I tokens [k]: operators begin where these tokens occur last in the prompt
         SIDE        V gate [n]; F first weight, first bias, up weight, up bias; parameters of the norm; then per layer
                     F down weight, down bias, parameters of the block; options: reduction, layers [n]: ``parts.SideNet``
+        EXPERTS     F a [experts · r, in]; F b [experts · r, out]:  expert e's weight += b[e]ᵀ a[e]; options: number of
+                    the parameter that holds the weights; place = module of experts
     """
 
     SPARSE = 1
@@ -64,6 +66,7 @@ class Kind(IntEnum):
     EMBED_PAIR = 21
     MASK = 22
     SIDE = 23
+    EXPERTS = 24
     BANK = 30
     SHARES = 31
 

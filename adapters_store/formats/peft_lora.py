@@ -7,7 +7,7 @@ weight is stored [in, out]. What else the files may bring is in ``peft_beside``.
 """
 
 from weft.adapters_store.errors import expected
-from weft.adapters_store.formats import peft_dora
+from weft.adapters_store.formats import peft_dora, peft_experts
 from weft.adapters_store.formats.about import Served
 from weft.adapters_store.formats.peft_beside import ROLES, gather
 from weft.adapters_store.formats.peft_common import COPY_ROLES, DIALECT, copies
@@ -56,7 +56,7 @@ SERVES = (
         "low_rank",
         "PEFT LORA, pissa and olora starts among them",
         survey=True,
-        refuses="target_parameters of experts; starts that no file holds: pissa_niter, corda, lora_ga, loftq",
+        refuses="starts that no file holds: pissa_niter, corda, lora_ga, loftq",
     ),
     Served("rsLoRA", "arXiv 2312.03732", "low_rank", "PEFT LORA, use_rslora"),
     Served("DoRA", "arXiv 2402.09353", "scale, low_rank, bias", "PEFT LORA, use_dora", survey=True),
@@ -72,6 +72,13 @@ SERVES = (
     Served("BD-LoRA", "PEFT 0.21", "low_rank", "PEFT LORA, use_bdlora"),
     Served("aLoRA", "arXiv 2504.12397", "low_rank, token_mask", "PEFT LORA, alora_invocation_tokens"),
     Served("KaSA", "arXiv 2412.06071", "low_rank", "PEFT LORA, kasa_config"),
+    Served(
+        "LoRA of experts",
+        "PEFT 0.21",
+        "expert_pair",
+        "PEFT LORA, target_parameters",
+        refuses="parameters other than gate_up_proj and down_proj of experts that are proven at load",
+    ),
     Served("LoRA of embeddings", "PEFT 0.21", "embedding_pair", "PEFT LORA, lora_embedding_A"),
     Served("trainable tokens", "PEFT 0.21", "row_override, rows", "PEFT LORA, trainable_token_indices"),
     Served(
@@ -88,7 +95,8 @@ SERVES = (
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
     """Config and header to operators; values are not looked at."""
     config, notes = read_settings(settings, catalogue)
-    found = by_module(header, [A, B, *BECAUSE, *ROLES, *COPY_ROLES], catalogue)
+    inner = [peft_experts.INNER_A, peft_experts.INNER_B]
+    found = by_module(header, [A, B, *inner, *BECAUSE, *ROLES, *COPY_ROLES], catalogue)
     _check_roles(found, config)
     brought = gather(found, config.beside, config.sites, catalogue)
     sites: dict[str, SiteOperators] = {}
@@ -101,7 +109,8 @@ def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> Parse
             said, done = _adapted(found[path], catalogue.sites[catalogue.index[path]], config, bias)
             operators, folds = operators + said, folds + done
         sites[path] = SiteOperators(tuple(operators), folds)
-    parts = (*_embedding(found, config, catalogue), *brought.parts(catalogue))
+    inside = peft_experts.parts(found, config.parameters, config.ranks, config.scales, catalogue)
+    parts = (*_embedding(found, config, catalogue), *inside, *brought.parts(catalogue))
     if config.invocation:
         parts = (*parts, TokenMask(config.invocation))
     along = copies({module: tensors for module, tensors in found.items() if module not in config.beside.saved})
@@ -122,7 +131,8 @@ def _check_roles(found: dict[str, Roles], config: Config) -> None:
         for role, tensor in tensors.items():
             if role in BECAUSE and role not in known:
                 raise expected(tensor.name, "no such tensor", "one", BECAUSE[role])
-    of_linears = {module: tensors for module, tensors in found.items() if module != config.embedding}
+    others = {config.embedding, *(name.rpartition(".")[0] for name in config.parameters)}
+    of_linears = {module: tensors for module, tensors in found.items() if module not in others}
     require_exactly(of_linears, config.sites, roles)
     require_exactly(found, [config.embedding] if config.embedding else [], of_embedding)
     if config.embedding and config.variant == DORA:

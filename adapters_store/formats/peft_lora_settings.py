@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 from weft.adapters_store.errors import expected, some
+from weft.adapters_store.formats import peft_experts
 from weft.adapters_store.formats.peft_beside import Beside, read_beside, tied_head, without_saved
 from weft.adapters_store.formats.peft_common import fan_in_fan_out_notes, read_common
 from weft.adapters_store.formats.settings import Settings, show
@@ -25,13 +26,13 @@ AGAIN = "save it again as a plain LoRA, by save_pretrained with path_initial_mod
 LOFTQ = "it put quantised weights in the place of the backbone's; serve those, and save with init_lora_weights=true"
 
 REFUSED = {
-    "target_parameters": "LoRA of bare parameters is not served: those of experts are no modules that weft adapts",
     "arrow_config": "routing between adapters is not served",
     "layer_replication": "it changes the backbone's layers",
     "megatron_config": "megatron layers are not served",
     "enable_lora": "the merged linears of PEFT before 0.4 are not served",
 }
-TRAINING_ONLY = ("lora_dropout", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "merge_weights")
+DROPOUT = "lora_dropout"
+TRAINING_ONLY = (DROPOUT, "eva_config", "corda_config", "lora_ga_config", "loftq_config", "merge_weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Config:
     start:       ``pissa`` or ``olora`` where the start was taken out of the backbone's weights
     group:       inputs that QA-LoRA pools
     invocation:  the tokens from which on an activated LoRA acts
+    parameters:  full names of those of experts, which have ranks and scales as well
     """
 
     sites: tuple[str, ...]
@@ -68,6 +70,7 @@ class Config:
     blocks: Blocks | None
     invocation: tuple[int, ...]
     beside: Beside
+    parameters: tuple[str, ...]
 
 
 def read_settings(settings: Settings, catalogue: CatalogueInfo) -> tuple[Config, tuple[str, ...]]:
@@ -78,9 +81,12 @@ def read_settings(settings: Settings, catalogue: CatalogueInfo) -> tuple[Config,
     for key, why in REFUSED.items():
         settings.refuse(key, why)
     settings.refuse("megatron_core", "megatron layers are not served", but=("megatron.core",))
+    parameters = peft_experts.target_parameters(settings, catalogue)
+    if parameters:
+        peft_experts.require_alone(parameters, {DROPOUT: settings.optional_number(DROPOUT)})
     settings.ignore(*TRAINING_ONLY)
-    sites, embedding = _targets(settings, catalogue, beside, tying)
-    wrapped = (*sites, *([embedding] if embedding else []))
+    sites, embedding = _targets(settings, catalogue, beside, tying, not parameters)
+    wrapped = (*sites, *([embedding] if embedding else []), *parameters)
     kinds = {path: catalogue.sites[catalogue.index[path]].kind for path in sites}
     notes = fan_in_fan_out_notes(settings, (kind for kind in kinds.values() if kind != "lm_head"))
     ranks = by_pattern(settings.integer_by_pattern("rank_pattern"), settings.integer("r"), wrapped, "rank_pattern")
@@ -94,15 +100,19 @@ def read_settings(settings: Settings, catalogue: CatalogueInfo) -> tuple[Config,
     group = settings.integer("qalora_group_size", 2) if variant == QALORA else 0
     settings.ignore("qalora_group_size")
     settings.finish(METHOD)
-    config = Config(sites, embedding, ranks, scales, fold, lora_bias, variant, start, group, blocks, invocation, beside)
+    config = Config(
+        sites, embedding, ranks, scales, fold, lora_bias, variant, start, group, blocks, invocation, beside, parameters
+    )
     _check_together(config, kinds)
     _check_start_of_head(config, catalogue)
     return config, notes
 
 
-def _targets(settings: Settings, catalogue: CatalogueInfo, beside: Beside, tying: bool) -> tuple[tuple[str, ...], str]:
+def _targets(
+    settings: Settings, catalogue: CatalogueInfo, beside: Beside, tying: bool, needed: bool
+) -> tuple[tuple[str, ...], str]:
     """Sites, and the input embedding or nothing."""
-    found = without_saved(beside, target_modules(settings, catalogue))
+    found = without_saved(beside, target_modules(settings, catalogue, needed=needed))
     embedding = catalogue.embedding.path if catalogue.embedding is not None else ""
     strangers = [name for name in found if name not in catalogue.index and name != embedding]
     if strangers:
@@ -172,6 +182,8 @@ def _start(settings: Settings, variant: str) -> str:
 
 def _check_together(config: Config, kinds: Mapping[str, str]) -> None:
     """Settings that PEFT has no meaning for together, or that cannot be told apart here."""
+    plain = {config.variant: config.variant, "init_lora_weights": config.start, "lora_bias": config.lora_bias}
+    peft_experts.require_alone(config.parameters, plain)
     variant, transposed = config.variant, [path for path, kind in kinds.items() if kind == "conv1d"]
     if config.embedding and (config.lora_bias or config.start or variant not in ("", DORA)):
         why = f"PEFT has no {variant or config.start or 'lora_bias'} for embeddings"

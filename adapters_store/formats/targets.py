@@ -6,7 +6,7 @@ from typing import NoReturn, TypeVar
 
 from weft.adapters_store import patterns
 from weft.adapters_store.errors import expected, some
-from weft.adapters_store.formats.settings import Settings
+from weft.adapters_store.formats.settings import Settings, show
 from weft.adapters_store.patterns import Form
 from weft.adapters_store.sites import CatalogueInfo
 
@@ -35,11 +35,19 @@ def sites_among(found: Collection[str], catalogue: CatalogueInfo) -> tuple[str, 
     return tuple(sorted(found, key=catalogue.index.__getitem__))
 
 
-def target_modules(settings: Settings, catalogue: CatalogueInfo, by_layer: bool = True) -> list[str]:
-    """Paths of the modules of any kind that a config targets. AdapterInvalid if there is none."""
+def target_modules(
+    settings: Settings, catalogue: CatalogueInfo, by_layer: bool = True, needed: bool = True
+) -> list[str]:
+    """Paths of the modules of any kind that a config targets. AdapterInvalid if there is none where one is needed."""
     targets, excluded = settings.names("target_modules"), settings.names("exclude_modules")
     layers = settings.integers("layers_to_transform") if by_layer else None
     layers_pattern = settings.names("layers_pattern") if by_layer else None
+    if not targets and not needed:
+        choosing = {"exclude_modules": excluded, "layers_to_transform": layers, "layers_pattern": layers_pattern}
+        idle = next((key for key, said in choosing.items() if said), None)
+        if idle is not None:
+            raise expected(idle, "null without target_modules", show(choosing[idle]), "it chooses among modules")
+        return []
     if not targets:
         raise expected("target_modules", "the names that PEFT writes when it saves", "none")
     if isinstance(targets, str) and layers is not None:

@@ -10,6 +10,7 @@ from weft.kernels.batch import Rows
 from weft.kernels.dispatch import Kernels
 from weft.kernels.extras import Kind
 from weft.server.backbone import embedding
+from weft.server.backbone.experts import ExpertsHook
 from weft.server.backbone.norms import NormHook
 from weft.server.backbone.places import Places
 from weft.server.backbone.side import Networks, SideHook
@@ -19,9 +20,9 @@ from weft.server.backbone.sublayers import Argument, Sublayer
 # where a prefix has its gate, among its pieces
 GATE = 2
 
-# norms, hidden places, attention inputs, networks beside, the embedding: whether the hooks of each are wanted
-Wanted = tuple[bool, bool, bool, bool, bool]
-NOTHING = (False, False, False, False, False)
+# norms, hidden places, attention inputs, experts, networks beside, the embedding: whether the hooks of each are wanted
+Wanted = tuple[bool, bool, bool, bool, bool, bool]
+NOTHING = (False, False, False, False, False, False)
 
 
 class Hook(Protocol):
@@ -41,6 +42,7 @@ class Hooks:
         self._norms = [NormHook(place, i) for i, place in enumerate(places.norms)]
         self._sublayers = [Sublayer(place, i) for i, place in enumerate(places.hidden)]
         self._inputs = [_Keeper(layer, at) for layer, at in enumerate(places.inputs) if at is not None]
+        self._experts = [ExpertsHook(place, i) for i, place in enumerate(places.experts)]
         self._handles: list[RemovableHandle] = []
         self._attached: Wanted = NOTHING
         self._known: tuple[Rows | None, Wanted] = (None, NOTHING)
@@ -53,7 +55,7 @@ class Hooks:
         else:
             if rows is not self._known[0]:
                 self._known = (rows, self._wanted(rows, kernels))
-            wanted = (*self._known[1][:4], self._places.embedding is not None and embedding.wanted(step))
+            wanted = (*self._known[1][:5], self._places.embedding is not None and embedding.wanted(step))
         if wanted != self._attached:
             for handle in self._handles:
                 handle.remove()
@@ -65,17 +67,18 @@ class Hooks:
             any(kernels.has(rows, Kind.NORM, i) for i in range(len(self._norms))),
             any(kernels.touches_hidden(rows, i) for i in range(len(self._sublayers))),
             any(keeper.wanted(rows, kernels) for keeper in self._inputs),
+            any(kernels.has(rows, Kind.EXPERTS, i) for i in range(len(self._experts))),
             kernels.has(rows, Kind.SIDE, 0),
             False,
         )
 
     def _attach(self, wanted: Wanted) -> Iterator[RemovableHandle]:
         # a norm's own hook comes before those that read what it makes
-        groups: tuple[Sequence[Hook], ...] = (self._norms, self._sublayers, self._inputs, self._side)
-        for hooks, needed in zip(groups, wanted[:4], strict=True):
+        groups: tuple[Sequence[Hook], ...] = (self._norms, self._sublayers, self._inputs, self._experts, self._side)
+        for hooks, needed in zip(groups, wanted[:5], strict=True):
             for hook in hooks if needed else ():
                 yield from hook.attach(self._model)
-        if wanted[4]:
+        if wanted[5]:
             assert self._places.embedding is not None
             yield self._model.get_submodule(self._places.embedding.path).register_forward_hook(embedding.override)
 

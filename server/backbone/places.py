@@ -1,4 +1,4 @@
-"""What adapters can change beyond a model's linears: its norms, sublayers' outputs, attention inputs and embedding.
+"""What adapters can change beyond linears: a model's norms, sublayers' outputs, attention inputs, embedding, experts.
 
 Everything is found by watching one forward pass and proven on its numbers, so any family works, or says honestly that
 it has no such place.
@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from weft.adapters_store.sites import EmbeddingInfo, HiddenInfo, LayerInfo, NormInfo
-from weft.server.backbone import embedding, norms, sublayers
+from weft.adapters_store.sites import EmbeddingInfo, ExpertsInfo, HiddenInfo, LayerInfo, NormInfo
+from weft.server.backbone import embedding, experts, norms, sublayers
+from weft.server.backbone.experts import ExpertsPlace
 from weft.server.backbone.norms import NormPlace
 from weft.server.backbone.recording import Call, rows_of
 from weft.server.backbone.selftest import Census
@@ -30,12 +31,17 @@ class Places:
     layers: tuple[LayerInfo, ...]
     inputs: tuple[Argument | None, ...]
     embedding: EmbeddingInfo | None
+    experts: tuple[ExpertsPlace, ...] = ()
 
     def norm_infos(self, model: nn.Module) -> tuple[NormInfo, ...]:
         """The norms as a catalogue tells of them."""
         modules = [model.get_submodule(norm.path) for norm in self.norms]
         has_bias = [getattr(module, "bias", None) is not None for module in modules]
         return tuple(NormInfo(n.path, n.features, bias) for n, bias in zip(self.norms, has_bias, strict=True))
+
+    def experts_infos(self) -> tuple[ExpertsInfo, ...]:
+        """The modules of experts as a catalogue tells of them."""
+        return tuple(place.info for place in self.experts)
 
     def hidden_infos(self) -> tuple[HiddenInfo, ...]:
         """The hidden places as a catalogue tells of them."""
@@ -60,7 +66,8 @@ def find(model: PreTrainedModel, calls: Sequence[Call], tokens: int, attends: Ce
     ]
     inputs = tuple(None if found is None else found[0] for found in given)
     hidden = sublayers.find(watched, paths, attends.attentions)
-    return Places(found_norms, hidden, tuple(layers), inputs, _embedding(model, by_path, head))
+    inside = experts.find(calls, tokens)
+    return Places(found_norms, hidden, tuple(layers), inputs, _embedding(model, by_path, head), inside)
 
 
 def layer_of(model: nn.Module, attention: str) -> str:

@@ -128,6 +128,7 @@ def catalogue(
         embedding=places.embedding,
         declared=tuple(name for name, _ in model.named_modules() if name in paths),
         sides=sides,
+        experts=places.experts_infos(),
     )
 
 

@@ -81,7 +81,7 @@ def settings() -> Iterator[tuple[str, Mapping[str, Any], str, str]]:
     alora = {"alora_invocation_tokens": [1, 2], "modules_to_save": ["lm_head"]}
     yield "alora_and_head", alora, "alora_invocation_tokens", "before the invocation too"
     yield "alora_and_dora", {"alora_invocation_tokens": [1], "use_dora": True}, "alora_invocation_tokens", "use_dora"
-    yield "parameters", {"target_parameters": ["experts.up"]}, "target_parameters", "bare parameters"
+    yield "parameters", {"target_parameters": ["experts.up"]}, "target_parameters", "has no experts"
     yield "replication", {"layer_replication": [[0, 10**6]]}, "layer_replication", "layers"
     for init in ("pissa_niter_4", "pissa_niter_1000000", "corda", "lora_ga", "something"):
         yield (
