@@ -54,15 +54,15 @@ class PrepareResult:
 class ResidencyStats:
     """Bytes and blocks in the arena now; the others since they were last asked for.
 
-    adapters_bytes:  of all blocks, those being loaded and those that adapters share included, but for those of derived
-                     versions: composed_bytes
-    adapters_resident:  blocks that are no derived version's and not shared
+    adapters_bytes:  of all blocks, those being loaded included, but for those of derived versions, composed_bytes, and
+                     those that adapters refer to, shared_bytes;  ``adapters_resident``: how many
     load_s:          one per load, from its start on the loader to the last byte
     """
 
     adapters_bytes: int
     adapters_resident: int
     composed_bytes: int
+    shared_bytes: int
     loads: int
     evictions: int
     hits: int
@@ -210,11 +210,15 @@ class Residency:
 
     def stats(self) -> ResidencyStats:
         """Figures for one engine step; counters start again."""
-        placed = [version.nbytes for version in self._composed.values() if version.offset >= 0]
+        composed, shared = (
+            [version.nbytes for version in known.values() if version.offset >= 0]
+            for known in (self._composed, self._banks)
+        )
         stats = ResidencyStats(
-            self._arena.used_bytes - sum(placed),
-            self._arena.blocks - len(placed) - sum(bank.offset >= 0 for bank in self._banks.values()),
-            sum(placed),
+            self._arena.used_bytes - sum(composed) - sum(shared),
+            self._arena.blocks - len(composed) - len(shared),
+            sum(composed),
+            sum(shared),
             self._loads,
             self._evictions,
             self._hits,

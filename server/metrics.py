@@ -51,7 +51,7 @@ TOKENS = tuple(float(4**i) for i in range(9))
 ROWS = tuple(float(2**i) for i in range(12))
 
 FINISHES = ("stop", "length", "cancelled", "deadline", "error")
-MEMORY_KINDS = ("backbone", "adapters", "composed", "kv", "working_set")
+MEMORY_KINDS = ("backbone", "adapters", "composed", "shared", "kv", "working_set")
 # on a CPU the host is the device
 MEMORY_TIERS = ("device",)
 ADAPTER_STATES = ("active", "incompatible")
@@ -245,7 +245,12 @@ class Metrics:
         self._kv_ratio.set(stats.kv_bytes / self._kv_bytes_max if self._kv_bytes_max else 0)
         self._resident.set(stats.adapters_resident)
         values = (
-            stats.backbone_bytes, stats.adapters_bytes, stats.composed_bytes, stats.kv_bytes, stats.working_set_bytes
+            stats.backbone_bytes,
+            stats.adapters_bytes,
+            stats.composed_bytes,
+            stats.shared_bytes,
+            stats.kv_bytes,
+            stats.working_set_bytes,
         )  # fmt: skip
         for kind, value in zip(MEMORY_KINDS, values, strict=True):
             self._memory.labels(kind, MEMORY_TIERS[0]).set(value)

@@ -89,17 +89,19 @@ class Runtime(_message.Message):
     def __init__(self, device: _Optional[str] = ..., kernels: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Memory(_message.Message):
-    __slots__ = ("backbone_bytes", "adapters_bytes", "adapters_resident", "kv_bytes", "working_set_bytes", "composed_bytes")
+    __slots__ = ("backbone_bytes", "adapters_bytes", "adapters_resident", "kv_bytes", "working_set_bytes", "composed_bytes", "shared_bytes")
     BACKBONE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_BYTES_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_RESIDENT_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     WORKING_SET_BYTES_FIELD_NUMBER: _ClassVar[int]
     COMPOSED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
     backbone_bytes: int
     adapters_bytes: int
     adapters_resident: int
     kv_bytes: int
     working_set_bytes: int
     composed_bytes: int
-    def __init__(self, backbone_bytes: _Optional[int] = ..., adapters_bytes: _Optional[int] = ..., adapters_resident: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., composed_bytes: _Optional[int] = ...) -> None: ...
+    shared_bytes: int
+    def __init__(self, backbone_bytes: _Optional[int] = ..., adapters_bytes: _Optional[int] = ..., adapters_resident: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., working_set_bytes: _Optional[int] = ..., composed_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ...) -> None: ...

@@ -169,6 +169,7 @@ class Memory:
     kv_bytes: int
     working_set_bytes: int
     composed_bytes: int
+    shared_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

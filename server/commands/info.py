@@ -55,5 +55,6 @@ def memory_line(found: ServerInfo) -> str:
     return (
         f"M = {size(memory.backbone_bytes)} backbone, N = {memory.adapters_resident} adapters resident, "
         f"ΣA = {size(memory.adapters_bytes)}"
+        + (f", shared {size(memory.shared_bytes)}" * (memory.shared_bytes > 0))
         + (f", composed {size(memory.composed_bytes)}" * (memory.composed_bytes > 0))
     )

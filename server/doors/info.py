@@ -74,6 +74,7 @@ class ServerService:
             adapters_bytes=stats.adapters_bytes,
             adapters_resident=stats.adapters_resident,
             composed_bytes=stats.composed_bytes,
+            shared_bytes=stats.shared_bytes,
             kv_bytes=stats.kv_bytes,
             working_set_bytes=stats.working_set_bytes,
         )

@@ -161,6 +161,7 @@ class Engine:
             adapters_bytes=memory.adapters_bytes,
             adapters_resident=memory.adapters_resident,
             composed_bytes=memory.composed_bytes,
+            shared_bytes=memory.shared_bytes,
             working_set_bytes=self.kernels.working_set_bytes,
             adapter_loads=memory.loads,
             adapter_evictions=memory.evictions,

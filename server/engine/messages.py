@@ -192,6 +192,7 @@ class StepStats:
     adapters_resident: int
     working_set_bytes: int
     composed_bytes: int = 0  # blocks of derived versions, which are not in adapters_bytes
+    shared_bytes: int = 0  # blocks that several adapters refer to, neither
     adapter_loads: int = 0  # since the last step
     adapter_evictions: int = 0  # since the last step
     adapter_hits: int = 0  # since the last step

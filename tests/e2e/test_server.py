@@ -152,11 +152,11 @@ def test_memory_is_the_backbone_plus_every_adapter(server, client):
 def test_a_refused_adapter_leaves_nothing_behind(server, client, tmp_path):
     source = ADAPTERS / tasks.DEMO_ADAPTERS[0].name
     config = json.loads((source / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "layer_replication": [[0, 2]]}))
     (tmp_path / "adapter_model.safetensors").write_bytes((source / "adapter_model.safetensors").read_bytes())
     before, files = client.list(), sorted(os.listdir(server.store / "objects"))
     memory = client.info().memory
-    with pytest.raises(errors.InvalidRequest, match="use_dora"):
+    with pytest.raises(errors.InvalidRequest, match="layer_replication"):
         client.register("refused", tmp_path)
     assert (client.list(), sorted(os.listdir(server.store / "objects"))) == (before, files)
     assert client.info().memory == memory
