@@ -12,10 +12,11 @@ from peft import PeftModel
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tests.adapters_store.native_blocks import TOLERANCE
 from tests.support.backbones import build
-from tests.support.methods.peft_experts import CASES, DOWN, MIXTRAL, UP
+from tests.support.methods.peft_experts import CASES, DOWN, MIXTRAL, UP, transposed
 from weft.adapters_store.compile import block_bytes, compile_adapter
 from weft.adapters_store.composition import joined
 from weft.adapters_store.errors import AdapterInvalid
@@ -56,11 +57,11 @@ def deltas_of(backbone: Backbone, parsed: ParsedAdapter) -> tuple[Deltas, int]:
     return found, nbytes
 
 
-def by_peft(folder: Path) -> Deltas:
+def by_peft(folder: Path, base: PreTrainedModel) -> Deltas:
     """The same, as peft says them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = PeftModel.from_pretrained(build(MIXTRAL), str(folder))
+        model = PeftModel.from_pretrained(base, str(folder))
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, ParamWrapper):
@@ -72,12 +73,20 @@ def by_peft(folder: Path) -> Deltas:
 @pytest.mark.parametrize("case", [BOTH, ONE], ids=lambda case: case.name)
 def test_deltas_are_those_of_peft(backbone, case, tmp_path):
     folder = case.make(MIXTRAL, tmp_path, 3)
-    (got, nbytes), want = deltas_of(backbone, read_adapter(folder, backbone.info)), by_peft(folder)
+    (got, nbytes), want = deltas_of(backbone, read_adapter(folder, backbone.info)), by_peft(folder, build(MIXTRAL))
     assert got.keys() == want.keys()
     for key, delta in want.items():
         assert (got[key] - delta).abs().max() <= TOLERANCE * delta.abs().max()
     tensors = load_file(str(folder / "adapter_model.safetensors"))
     assert nbytes == sum(tensor.nbytes for name, tensor in tensors.items() if ".experts." in name)
+
+
+def test_parameters_that_lie_the_other_way_change_nothing_in_the_files(tmp_path):
+    backbone, folder = Backbone(transposed()), BOTH.make(MIXTRAL, tmp_path, 3)
+    got, _ = deltas_of(backbone, read_adapter(folder, backbone.info))
+    for key, delta in by_peft(folder, transposed()).items():
+        want = delta.transpose(1, 2)
+        assert (got[key] - want).abs().max() <= TOLERANCE * want.abs().max()
 
 
 def test_the_report_says_what_was_found(backbone, tmp_path):

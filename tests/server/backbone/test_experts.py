@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.backbones import ALL_FAMILIES, build
+from tests.support.methods.peft_experts import transposed
 from weft.server.backbone import experts
 from weft.server.backbone.experts import ExpertsPlace
 from weft.server.backbone.model import Backbone
@@ -35,15 +36,9 @@ def places_of(model: Any, tokens: int = 5) -> list[ExpertsPlace]:
 
 
 def test_transposed_parameters_are_told_apart():
-    model = build("mixtral")
-    for path in PATHS:
-        module: Any = model.get_submodule(path)
-        for name in experts.PARAMETERS:
-            setattr(module, name, nn.Parameter(getattr(module, name).detach().transpose(1, 2).contiguous()))
-        module.is_transposed = True
-    model.set_experts_implementation("batched_mm")
-    assert [place.transposed for place in places_of(model)] == [True, True]
-    assert places_of(model)[0].info == places_of(build("mixtral"))[0].info
+    found = places_of(transposed())
+    assert [place.transposed for place in found] == [True, True]
+    assert found[0].info == places_of(build("mixtral"))[0].info
 
 
 @pytest.mark.parametrize("what", ["gate", "output", "one expert", "bias"])
@@ -67,15 +62,12 @@ def test_what_computes_something_else_is_no_place(what):
     assert [place.path for place in places_of(model)] == PATHS[1:]
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_pairs_act_as_their_products_in_the_weights(transposed):
-    model = build("mixtral")
+@pytest.mark.parametrize("turned", [False, True])
+def test_pairs_act_as_their_products_in_the_weights(turned):
+    model = transposed() if turned else build("mixtral")
     module: Any = model.get_submodule(PATHS[0])
-    if transposed:
-        for name in experts.PARAMETERS:
-            setattr(module, name, nn.Parameter(getattr(module, name).detach().transpose(1, 2)))
     shapes = ((2 * INNER, WIDTH), (WIDTH, INNER))
-    place = ExpertsPlace(PATHS[0], COUNT, shapes, transposed)
+    place = ExpertsPlace(PATHS[0], COUNT, shapes, turned)
     random = torch.Generator().manual_seed(1)
 
     def noise(*shape: int) -> Tensor:

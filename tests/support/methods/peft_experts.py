@@ -1,13 +1,31 @@
 """PEFT's LORA inside experts, by target_parameters, made by peft and judged by it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
 
+from tests.support.backbones import build
 from tests.support.methods.case import Case, by_peft
 
 MIXTRAL = "mixtral"
 UP, DOWN = "experts.gate_up_proj", "experts.down_proj"
+
+
+def transposed() -> PreTrainedModel:
+    """The same model, whose experts' parameters lie as [experts, in, out]."""
+    model = build(MIXTRAL)
+    for path, found in model.named_modules():
+        if path.endswith(".experts"):
+            module: Any = found
+            for name in ("gate_up_proj", "down_proj"):
+                setattr(module, name, nn.Parameter(getattr(module, name).detach().transpose(1, 2).contiguous()))
+            module.is_transposed = True
+    # the one written out in the class reads them the other way
+    model.set_experts_implementation("batched_mm")
+    return model
 
 
 def both(family: str) -> LoraConfig:
