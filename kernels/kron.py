@@ -127,19 +127,21 @@ def finish(
         stride_b = (tall * ITEM + _UNIT - 1) // _UNIT * (_UNIT // ITEM)
         b_ptr = factors + tl.load(entry + _B).to(tl.int64) * (_UNIT // ITEM)
         act, inner = tl.load(entry + _ACT) & _ACT_MASK, tl.load(entry + _INNER)
-        r = 0
-        while r < rank:
+        left = rank
+        while left > 0:
             h = tl.load(h_place, mask=live, other=0.0)
             for split in tl.static_range(1, SPLITS):
                 h += tl.load(h_place + split * stride_hs, mask=live, other=0.0)
             if inner > 0:
+                # the rank is read again: one register more that lives through the loop, and ptxas spills
+                r = tl.load(entry + _RANK) - left
                 h += tl.load(vectors + inner.to(tl.int64) * (_UNIT // 4) + r)
             if act > 0:
                 h = bent(h, act)
             acc += h * tl.load(b_ptr + out, mask=mask, other=0.0).to(tl.float32)
             b_ptr += stride_b
             h_place += 1
-            r += 1
+            left -= 1
     if beta > 0:
         acc += tl.load(vectors + beta.to(tl.int64) * (_UNIT // 4) + out, mask=mask, other=0.0)
     tl.store(y_place, acc.to(y_place.dtype.element_ty), mask=mask)
