@@ -50,7 +50,9 @@ class Joined:
 
         x:  [tokens, in]
         """
-        single = [each for each in carried if each.span[1] - each.span[0] == 1]
+        # a row's first record; those beyond it, which one sum per row cannot hold, are added like long segments'
+        first = {each.segment.start: each for each in reversed(carried) if each.span[1] - each.span[0] == 1}
+        single = list(reversed(first.values()))
         if not single:
             return list(carried)
         entries = self._of(site, single, x.shape[1], y.shape[1])
@@ -59,7 +61,7 @@ class Joined:
         part = entries.rows.take(y)
         part.copy_(part.float() + gained)
         entries.rows.give(y, part)
-        return [each for each in carried if each.span[1] - each.span[0] != 1]
+        return [each for each in carried if first.get(each.segment.start) is not each]
 
     def forget(self, key: int) -> None:
         """Drop what was made of the block with this key."""
