@@ -10,6 +10,7 @@ import queue
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -123,8 +124,11 @@ class Loader:
         self._results: queue.SimpleQueue[Done] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._open = 0
-        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+        # the thread must not keep an arena that nobody else wants
+        own = weakref.ref(self)
+        self._thread = threading.Thread(target=_work, args=(own, self._jobs), name="adapter-loader", daemon=True)
         self._thread.start()
+        weakref.finalize(self, self._jobs.put, None)
 
     @property
     def busy(self) -> bool:
@@ -151,22 +155,24 @@ class Loader:
         self._jobs.put(None)
         self._thread.join()
 
-    @torch.inference_mode()
-    def _run(self) -> None:
-        # this thread's own setting: a second team of threads would fight the engine's for the cores
-        torch.set_num_threads(1)
-        while (job := self._jobs.get()) is not None and not self._closing.is_set():
-            start = time.monotonic()
-            try:
-                done = self._do(job)
-            except AdapterError as error:
-                done = Done(job, error=error)
-            except Exception:
-                # one of the three places: whatever a job trips over, the thread lives to do the next
-                incident = secrets.token_hex(6)
-                log.exception("incident %s: %s of %.12s", incident, type(job).__name__, job.digest)
-                done = Done(job, error=StoreBug(f"a defect of the server, incident {incident}"))
-            self._results.put(replace(done, seconds=time.monotonic() - start))
+    @property
+    def closing(self) -> bool:
+        """Whether jobs that are left are dropped."""
+        return self._closing.is_set()
+
+    def work(self, job: Job) -> None:
+        """Do a job; what came of it, an error included, is among the results. For the loader's own thread."""
+        start = time.monotonic()
+        try:
+            done = self._do(job)
+        except AdapterError as error:
+            done = Done(job, error=error)
+        except Exception:
+            # one of the three places: whatever a job trips over, the thread lives to do the next
+            incident = secrets.token_hex(6)
+            log.exception("incident %s: %s of %.12s", incident, type(job).__name__, job.digest)
+            done = Done(job, error=StoreBug(f"a defect of the server, incident {incident}"))
+        self._results.put(replace(done, seconds=time.monotonic() - start))
 
     def _do(self, job: Job) -> Done:
         match job:
@@ -249,6 +255,19 @@ class Loader:
                 raise
             # it was valid when it was registered, so it was for another backbone
             raise AdapterIncompatible(error.message, error.field) from error
+
+
+@torch.inference_mode()
+def _work(own: "weakref.ref[Loader]", jobs: "queue.SimpleQueue[Job | None]") -> None:
+    """What the thread does until it is told to stop, or its loader is gone."""
+    # this thread's own setting: a second team of threads would fight the engine's for the cores
+    torch.set_num_threads(1)
+    while (job := jobs.get()) is not None:
+        loader = own()
+        if loader is None or loader.closing:
+            return
+        loader.work(job)
+        del loader
 
 
 class _Device:
