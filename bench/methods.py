@@ -35,10 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = [each for each in MADE if not options.only or each.name in options.only]
     with tempfile.TemporaryDirectory() as folder:
         bench = _Bench(options, Path(folder))
-        rows = [bench.measure(each) for each in track(made, "measuring", console=console, transient=True)]
-    report = _report(options, rows)
-    if options.out:
-        record.write(Path(options.out), report)
+        rows: list[dict[str, object]] = []
+        for each in track(made, "measuring", console=console, transient=True):
+            rows.append(bench.measure(each))
+            # whoever stops it half way has the rows until then
+            report = _report(options, rows)
+            if options.out:
+                record.write(Path(options.out), report)
     if options.json:
         Console(soft_wrap=True).print_json(data=report)
     else:
