@@ -5,6 +5,7 @@ Each is a few lines of plain torch over a frozen llama. What is written are weft
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ PREFIX = "base_model.model."
 Fisher = Mapping[str, Tensor]
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """A frozen model with a method's parameters on it; calls go to the model, hooks do the rest."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
@@ -39,9 +40,9 @@ class Method(nn.Module):
         self.own[key], self.names[key] = parameter, name
         return parameter
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """The config beside what every file of the format says."""
-        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         """What is saved."""
