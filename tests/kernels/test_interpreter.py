@@ -12,9 +12,12 @@ HERE = Path(__file__).parent
 HALVES = [["test_apply.py"], ["test_isolation.py", "test_norms.py", "test_deltas.py"]]
 
 
+# fp16 takes the paths of bf16 and fp32; it is tried where there is time
 @pytest.mark.timeout(1200)
-def test_triton_passes_the_twins_cases() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-k", "not real_size", "-p", "no:cacheprovider"]
+@pytest.mark.parametrize("dtypes", ["not fp16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_triton_passes_the_twins_cases(dtypes: str) -> None:
+    cases = f"not real_size and {dtypes}"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", "-k", cases, "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     halves = [
         subprocess.Popen(
