@@ -344,7 +344,7 @@ def test_a_gpu_holds_the_same_bytes_through_loads_evictions_and_moves(tmp_path, 
 
 def test_nothing_is_kept_of_a_residency_that_nobody_holds(tmp_path, llama):
     store = Store(tmp_path / "store", llama)
-    store.residency.release(store.acquire(*add(store, 1)))
+    store.residency.release(store.acquire(add(store, 1)[0]))
     buffer, threads = weakref.ref(store.arena.buffer), threading.active_count()
     store.catalog.close()
     del store
