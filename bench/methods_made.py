@@ -26,6 +26,9 @@ ATTENTION = LINEARS[:4]
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 RANK, VIRTUAL_TOKENS, DENSITY, ROWS_SHARE = 16, 16, 0.005, 0.06
 
+# ends of names: tensors that are drawn once for all adapters of a method
+SHARED = ("vera_A", "vera_B")
+
 Tensors = dict[str, Tensor]
 
 
@@ -118,10 +121,11 @@ def native(name: str, words: str, settings: Said, tensors: Callable[[Ground], Te
 
 
 def variant(source: Path, target: Path, number: int) -> Path:
-    """Another adapter of the same shape: its floats a little larger."""
+    """Another adapter of the same shape: its floats a little larger, but for those that all of its method share."""
     target.mkdir(parents=True, exist_ok=True)
     tensors = load_file(source / "adapter_model.safetensors")
-    changed = {k: t * (1 + number / 256) if t.is_floating_point() else t for k, t in tensors.items()}
+    own = {k for k, t in tensors.items() if t.is_floating_point() and not k.endswith(SHARED)}
+    changed = {k: t * (1 + number / 256) if k in own else t for k, t in tensors.items()}
     save_file({k: t.to(tensors[k].dtype) for k, t in changed.items()}, target / "adapter_model.safetensors")
     (target / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
     return target

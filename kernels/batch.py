@@ -11,6 +11,7 @@ from weft.kernels.extras import DELTAS, Kind, Record
 from weft.kernels.layout import BETA_OFF, KRON_COUNT, RANK, SIGMA_IN_OFF, SIGMA_OFF, Directory, Geometry
 
 if TYPE_CHECKING:
+    from weft.kernels.banked import Banked
     from weft.kernels.parts import Carried
 
 
@@ -90,9 +91,14 @@ class Rows:
             assert segment.block is not None
             for record in segment.block.directory.records:
                 self.records.setdefault((record.kind, record.place), []).append((segment, record))
-        for kind, place in self.records:
+        # by group, the sites and kinds of its deltas, site by site
+        self.deltas: dict[int, list[tuple[int, Kind]]] = {}
+        for kind, place in sorted(self.records, key=lambda known: (known[1], known[0])):
             if kind in DELTAS:
                 self.touched[geometry.group_of[place]] = True
+                self.deltas.setdefault(geometry.group_of[place], []).append((place, kind))
+        # what the kernels make of banks, by site, from the first use on
+        self.banked: dict[int, list[Banked]] = {}
 
     def input_scaled(self, site: int) -> tuple[tuple[int, int], ...]:
         """Row ranges, apart from each other and in order, whose block has sigma_in at this site."""

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from weft.kernels import parts
 from weft.kernels.bags import Chosen
+from weft.kernels.banked import Banked, Hiddens, banked
 from weft.kernels.batch import BatchError, Block, Rows, Segment, SoftSpan
-from weft.kernels.extras import DELTAS, Kind, Record
+from weft.kernels.extras import Kind, Record
 from weft.kernels.layout import ACT, ALIGN, FACTOR_DTYPES, RANK, TAP_SHIFT, Geometry, Views
 from weft.kernels.norms import Norm, normed
 from weft.kernels.parts import Carried, Pieces
 
 NAMES = ("auto", "torch", "triton")
+# rows of a batch that a CPU multiplies at once with factors that adapters share
+TILE = 16
 
 
 class KernelsUnavailable(RuntimeError):
@@ -40,6 +43,8 @@ class Kernels(ABC):
         self._views = Views(arena, geometry.dtype)
         # views of what blocks' records hold, by the block's key; no two records of a block lie in one place
         self._pieces: dict[int, dict[Record, Pieces]] = {}
+        # the first column of each site among the outputs of its group
+        self._lefts = [left for members in geometry.members for left in _starts(geometry, members)]
         self._hidden_group = len(geometry.groups) - geometry.hidden
         self._widths = [(geometry.out_features(g), geometry.in_features(g)) for g in range(len(geometry.groups))]
 
@@ -61,14 +66,15 @@ class Kernels(ABC):
         """
         self._check(y, x, rows, group)
         self._apply(y, x, rows, group)
-        left = 0
-        for site in self.geometry.members[group]:
-            right = left + self.geometry.sites[site].out_features
-            for kind in DELTAS:
-                carried = self.carried(rows, kind, site)
-                if carried:
-                    self._add_deltas(y[:, left:right], x, site, carried)
-            left = right
+        hiddens: Hiddens = {}
+        for site, kind in rows.deltas.get(group, ()):
+            left = self._lefts[site]
+            part = y[:, left : left + self.geometry.sites[site].out_features]
+            if kind is Kind.SHARED:
+                for each in self._banked(rows, site):
+                    each.add(part, x, hiddens)
+            else:
+                self._add_deltas(part, x, site, self.carried(rows, kind, site))
 
     @abstractmethod
     def _apply(self, y: Tensor, x: Tensor, rows: Rows, group: int) -> None:
@@ -78,6 +84,14 @@ class Kernels(ABC):
         """Add deltas of one kind at a site, each in its rows of y [tokens, out] and x [tokens, in]."""
         for each in carried:
             parts.add_delta(y[each.rows], x[each.rows], each)
+
+    def _banked(self, rows: Rows, site: int) -> list[Banked]:
+        known = rows.banked.get(site)
+        if known is None:
+            # a device that multiplies a tall tile as fast as a short one gets one of the whole batch
+            tile = TILE if self.arena.device.type == "cpu" else rows.tokens
+            known = rows.banked[site] = banked(self.carried(rows, Kind.SHARED, site), rows.tokens, tile)
+        return known
 
     def has(self, rows: Rows, kind: Kind, place: int) -> bool:
         """Whether any row's adapter has this record; known on the host, costs no device work."""
@@ -220,6 +234,11 @@ class Kernels(ABC):
             raise BatchError(f"{name}: expected columns side by side, got strides {tensor.stride()}")
         if tensor.device != self.arena.device:
             raise BatchError(f"{name}: expected a tensor on {self.arena.device}, got {tensor.device}")
+
+
+def _starts(geometry: Geometry, members: range) -> list[int]:
+    talls = [geometry.sites[site].out_features for site in members]
+    return [sum(talls[:number]) for number in range(len(talls))]
 
 
 def load(name: str, arena: Tensor, geometry: Geometry, working_set_bytes_max: int) -> Kernels:

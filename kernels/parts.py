@@ -42,6 +42,12 @@ class Carried:
         return self.segment.block.key
 
     @property
+    def bank_key(self) -> int:
+        """Of the bank that the record names."""
+        assert self.segment.block is not None
+        return self.segment.block.banks[self.record.options[0]].key
+
+    @property
     def span(self) -> tuple[int, int]:
         """First row of the batch and the one behind the last."""
         return self.segment.start, self.segment.stop
@@ -77,13 +83,6 @@ def delta(x: Tensor, carried: Carried, tall: int) -> Tensor:
         return product(x.index_select(1, first[0]), second.T)
     if kind is Kind.SPARSE:
         return _sparse(x, first[0], second[0], tall)
-    if kind is Kind.SHARED:
-        a, b = pieces[2], pieces[3]
-        assert a is not None
-        assert b is not None
-        # inner and outer are rows of one
-        hidden = product(x, a[:, : x.shape[1]]).float() * first
-        return product(hidden.to(x.dtype), b[:, :tall].T).float() * second
     assert kind is Kind.GATED, f"{kind.name} is no delta of all outputs"
     gate, bias = pieces[2], pieces[3]
     assert gate is not None

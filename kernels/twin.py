@@ -34,7 +34,7 @@ from weft.kernels.parts import Carried
 from weft.kernels.working_set import HEAD, GroupForm, Pool, Slot, WorkingSet, fill, forms_of
 
 # up to here reading an adapter once per row is cheaper than setting up matmuls
-SHORT_MAX = 32
+SHORT_MAX = 16
 
 
 @dataclass(frozen=True, eq=False)
