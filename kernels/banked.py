@@ -2,9 +2,9 @@
 
     y += outer ⊙ ((inner ⊙ (x a[:, :in]ᵀ)) b[:, :out])
 
-Rows of short segments are multiplied in tiles of the batch: a tile is always as high, and a row always in the same place
-of it, so what a row gets does not depend on which of its neighbours use the bank. A long segment is a product of its own.
-Sites that share an input share the first product.
+Rows of short segments are multiplied in tiles of the batch: a tile is always as high, and a row always in the same
+place of it, so what a row gets does not depend on which of its neighbours use the bank. A long segment is a product of
+its own. Sites that share an input share the first product.
 """
 
 from collections.abc import Iterator, Sequence
