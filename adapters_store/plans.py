@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft.adapters_store.errors import expected
 from weft.adapters_store.operators import Bank, Columns, Dense, LowRank, Operator, Rows, Shared, Sparse
 from weft.adapters_store.parts import (
     TAPS,
@@ -34,6 +35,8 @@ from weft.kernels.extras import PIECE_WORDS, RECORD_WORDS, Extra, Kind
 from weft.kernels.layout import row_stride
 
 FP32 = torch.float32
+# blocks hold indices, and kernels the ends of rows, in 32 bits
+PLACES_MAX = 2**31 - 1
 Read = Callable[[Values], Tensor]
 
 
@@ -101,7 +104,9 @@ def vector(value: Value | None) -> PiecePlan | None:
 
 
 def integers(ref: Value, below: int, ascending: bool = True) -> PiecePlan:
-    """Indices below a limit."""
+    """Indices below a limit. AdapterInvalid, from shapes alone, where a block could not hold the largest of them."""
+    if below > PLACES_MAX:
+        raise expected(ref.name, f"indices into at most {PLACES_MAX} places", below, "blocks hold them in 32 bits")
     return PiecePlan(1, ref.elements, torch.int32, ref.name, lambda values: values.indices(ref, below, ascending))
 
 

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 METHOD = "X_SPARSE"
 
 INDICES, VALUES, ABS = "sparse_indices", "sparse_values", "abs"
-# kernels count the entries of a matrix in 32 bits
-ENTRIES_MAX = 2**31 - 1
 # above this a dense delta takes less memory in any dtype
 DENSITY_MAX = 0.5
 
@@ -101,8 +99,6 @@ def _check_entries(index: TensorRef, values: TensorRef, parameter: Parameter) ->
         raise expected(index.name, "one axis", list(index.shape))
     require_shape(values, index.shape, f"as many as {INDICES}")
     size = prod(parameter.shape)
-    if size > ENTRIES_MAX:
-        raise expected(index.name, f"a parameter of at most {ENTRIES_MAX} entries", size)
     if index.elements > DENSITY_MAX * size and len(parameter.shape) > 1:
         wanted = f"at most {DENSITY_MAX:.0%} of the {size} entries of {parameter.path}"
         raise expected(index.name, wanted, index.elements, "X_DENSE takes less memory for more")
