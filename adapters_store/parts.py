@@ -122,6 +122,14 @@ class RowOverride:
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddingEntries:
+    """The input embedding's flat weight += ``values`` [n] at ``index`` [n], ascending; its scale acts on them too."""
+
+    index: Value
+    values: Value
+
+
+@dataclass(frozen=True, slots=True)
 class EmbeddingPair:
     """The input embedding's weight += scale · (b a)ᵀ with a [r, vocabulary], b [d, r]; its scale acts on that too.
 
@@ -178,5 +186,14 @@ class ExpertPair:
 
 
 Part = (
-    NormOverride | Bottleneck | KVPrefix | SoftPrompt | RowOverride | EmbeddingPair | TokenMask | SideNet | ExpertPair
+    NormOverride
+    | Bottleneck
+    | KVPrefix
+    | SoftPrompt
+    | RowOverride
+    | EmbeddingEntries
+    | EmbeddingPair
+    | TokenMask
+    | SideNet
+    | ExpertPair
 )

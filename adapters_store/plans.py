@@ -14,6 +14,7 @@ from weft.adapters_store.operators import Bank, Columns, Dense, LowRank, Operato
 from weft.adapters_store.parts import (
     TAPS,
     Bottleneck,
+    EmbeddingEntries,
     EmbeddingPair,
     ExpertPair,
     Gate,
@@ -157,6 +158,8 @@ def plan_part(part: Part, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan
             return _of_embedding(Kind.SOFT, info, f"soft prompt v={count}", piece(rows, (count, width), dtype))
         case RowOverride():
             return _row_override(part, info, dtype)
+        case EmbeddingEntries():
+            return _entries(part, info, dtype)
         case EmbeddingPair(a, b, scale, outer):
             rank = a.shape[0]
             left = piece(a, (a.shape[1], rank), dtype, lambda t: t.T)
@@ -281,6 +284,14 @@ def _row_override(part: RowOverride, info: CatalogueInfo, dtype: torch.dtype) ->
         id_piece = integers(ids, info.embedding.rows)
         rows = piece(part.rows, (count, width), dtype, lambda t: t * scale)
     return _of_embedding(Kind.EMBED_ROWS, info, f"rows n={count}", id_piece, rows)
+
+
+def _entries(part: EmbeddingEntries, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:
+    assert info.embedding is not None
+    count, scale = part.index.elements, _embedding_scale(info)
+    index = integers(part.index, info.embedding.rows * info.embedding.features)
+    values = piece(part.values, (1, count), dtype, lambda t: t * scale)
+    return _of_embedding(Kind.EMBED_ENTRIES, info, f"entries n={count}", index, values)
 
 
 def _gate(gate: Gate, wide: int) -> tuple[PiecePlan, PiecePlan | None]:

@@ -42,6 +42,7 @@ class Kind(IntEnum):
                     options: p, whether positions of the text begin at p; place = layer
         SOFT        F rows [v, d] in front of the text
         EMBED_ROWS  I id [n], ascending; F rows [n, d] in the place of what the embedding puts out
+        EMBED_ENTRIES  I index [n] into the flat embedding, ascending; F value [n], what is added to what it puts out
         EMBED_PAIR  F a [vocabulary, r]; F b [r, d]; [V outer [d]]:  embedding(id) = outer ⊙ embedding(id) + a[id] b
         BANK        in a block of its own: F a [r, widest in]; F b [r, tallest out]
         SHARES      options: the eight words of a bank's digest; place = its number
@@ -67,6 +68,7 @@ class Kind(IntEnum):
     MASK = 22
     SIDE = 23
     EXPERTS = 24
+    EMBED_ENTRIES = 25
     BANK = 30
     SHARES = 31
 

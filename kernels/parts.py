@@ -197,6 +197,18 @@ def embed_rows(out: Tensor, ids: Tensor, carried: Carried) -> None:
     out.copy_(torch.where(hit[:, None], rows[place].to(out.dtype), out))
 
 
+def embed_entries(out: Tensor, ids: Tensor, carried: Carried) -> None:
+    """Each row of out [rows, d] plus the entries of its id."""
+    index, values = carried.pieces
+    assert index is not None
+    assert values is not None
+    wide = out.shape[1]
+    # an entry for every place or none: how many a row has is known to no host, so shapes must not depend on it
+    places = ids.int()[:, None] * wide + torch.arange(wide, dtype=torch.int32, device=out.device)
+    found = torch.searchsorted(index[0], places).clamp(max=index.shape[1] - 1)
+    out.copy_(out.float() + torch.where(index[0][found] == places, values[0][found].float(), 0.0))
+
+
 def embed_pair(out: Tensor, ids: Tensor, carried: Carried) -> None:
     """out [rows, d] = outer ⊙ out + a[id] b."""
     a, b, outer = carried.pieces

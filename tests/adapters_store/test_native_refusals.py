@@ -158,13 +158,17 @@ def _sparse() -> Iterator[tuple[str, Refused]]:
     spread: dict[str, Tensor | None] = {at: None, values: None, norm: index(3, 40), norm_values: ones(2)}
     yield "norm_beyond", case("indices from 0 to 31, got 40", spread, norm, "gpt2")
     count = "embedding_rows"
-    yield "rows_unsaid", embedding(f"the number of rows of {LLAMA_EMBED}", count)
-    yield "rows_list", embedding("got 2 numbers", count, embedding_rows=[1, 2])
-    yield "rows_zero", embedding("expected 1 to 2, got 0", count, embedding_rows=0)
+    yield "rows_list", embedding("an integer of at least 1", count, embedding_rows=[1, 2])
+    yield "rows_zero", embedding("an integer of at least 1", count, embedding_rows=0)
+    row = torch.arange(32)
+    yield "rows_less", embedding("1, as many as sparse_indices touch", count, places=row, embedding_rows=2)
+    yield "rows_fewer", embedding("2, as many as sparse_indices touch", count, places=row + 3, embedding_rows=1)
     yield "rows_many", embedding("expected 1 to 2, got 3", count, embedding_rows=3)
     yield "rows_wrong", embedding("2, as many as sparse_indices touch, got 1", count, embedding_rows=1)
     yield "rows_alone", case("it beside entries of the input embedding", {}, count, embedding_rows=1)
     far = f"{PREFIX}{LLAMA_EMBED}.weight.sparse_indices"
+    yield "entries_beyond", embedding("indices from 0 to 3231", far, places=index(0, 3232))
+    yield "entries_unsorted", embedding("in ascending order, each once", far, places=index(40, 0))
     yield "rows_beyond", embedding("indices from 0 to 3231", far, places=index(0, 3232), embedding_rows=2)
     yield "tied_unsaid", embedding("shared or independent, got none", "tied", "gpt2", embedding_rows=2)
     yield "tied_word", embedding("one of shared, independent", "tied", "gpt2", embedding_rows=2, tied="both")
