@@ -260,10 +260,12 @@ def _prefix(part: KVPrefix, info: CatalogueInfo, dtype: torch.dtype) -> RecordPl
     def by_head(t: Tensor) -> Tensor:
         return t.reshape(count, heads, -1).transpose(0, 1)
 
+    # a gate per token is a matrix as large as the prefix, or larger
+    gate_dtype = dtype if part.gate_per_token else FP32
     pieces = (
         piece(part.keys, (heads * count, layer.key_size), dtype, by_head),
         piece(part.values, (heads * count, layer.value_size), dtype, by_head),
-        *((None, None) if part.gate is None else _gate(part.gate, layer.features)),
+        *((None, None) if part.gate is None else _gate(part.gate, layer.features, gate_dtype)),
     )
     words = f"kv prefix p={count}{' gated' if part.gate else ''}"
     return RecordPlan(
@@ -294,6 +296,6 @@ def _entries(part: EmbeddingEntries, info: CatalogueInfo, dtype: torch.dtype) ->
     return _of_embedding(Kind.EMBED_ENTRIES, info, f"entries n={count}", index, values)
 
 
-def _gate(gate: Gate, wide: int) -> tuple[PiecePlan, PiecePlan | None]:
+def _gate(gate: Gate, wide: int, dtype: torch.dtype = FP32) -> tuple[PiecePlan, PiecePlan | None]:
     outputs = gate.weight.elements // wide
-    return piece(gate.weight, (outputs, wide), FP32), vector(gate.bias)
+    return piece(gate.weight, (outputs, wide), dtype), vector(gate.bias)

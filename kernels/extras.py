@@ -38,7 +38,8 @@ class Kind(IntEnum):
     Elsewhere:
         NORM        [V weight [d]]; [V bias [d]] in the place of the norm's own, place = norm
         BOTTLENECK  place = hidden place: see ``parts.Bottleneck``
-        PREFIX      F keys [heads · p, key size]; F values [heads · p, value size]; [V gate [k, d]]; [V gate bias [k]];
+        PREFIX      F keys [heads · p, key size]; F values [heads · p, value size]; [V gate [k, d], F where k is a
+                    number per prefix token]; [V gate bias [k]];
                     options: p, whether positions of the text begin at p; place = layer
         SOFT        F rows [v, d] in front of the text
         EMBED_ROWS  I id [n], ascending; F rows [n, d] in the place of what the embedding puts out

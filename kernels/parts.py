@@ -62,7 +62,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 def mean_gate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """sigmoid(x weightᵀ + bias) [k], averaged over the rows of x [rows, d]: those of one request in one call."""
-    return torch.sigmoid(F.linear(x.float(), weight, None if bias is None else bias[0])).mean(dim=0)
+    return torch.sigmoid(F.linear(x.float(), weight.float(), None if bias is None else bias[0])).mean(dim=0)
 
 
 def delta(x: Tensor, carried: Carried, tall: int) -> Tensor:
