@@ -12,6 +12,7 @@ from torch import Tensor
 from weft.adapters_store.errors import expected
 from weft.adapters_store.operators import Bank, Columns, Dense, LowRank, Operator, Rows, Shared, Sparse
 from weft.adapters_store.parts import (
+    GATE_INPUTS,
     TAPS,
     Bottleneck,
     EmbeddingEntries,
@@ -268,9 +269,8 @@ def _prefix(part: KVPrefix, info: CatalogueInfo, dtype: torch.dtype) -> RecordPl
         *((None, None) if part.gate is None else _gate(part.gate, layer.features, gate_dtype)),
     )
     words = f"kv prefix p={count}{' gated' if part.gate else ''}"
-    return RecordPlan(
-        Kind.PREFIX, part.layer, (count, int(part.shifts), int(part.gate_per_token)), pieces, layer.attention, words
-    )
+    options = (count, int(part.shifts), int(part.gate_per_token), GATE_INPUTS.index(part.gate_input))
+    return RecordPlan(Kind.PREFIX, part.layer, options, pieces, layer.attention, words)
 
 
 def _row_override(part: RowOverride, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:

@@ -40,7 +40,8 @@ class Kind(IntEnum):
         BOTTLENECK  place = hidden place: see ``parts.Bottleneck``
         PREFIX      F keys [heads · p, key size]; F values [heads · p, value size]; [V gate [k, d], F where k is a
                     number per prefix token]; [V gate bias [k]];
-                    options: p, whether positions of the text begin at p; place = layer
+                    options: p, whether positions of the text begin at p, whether there is a gate per token, what gates
+                    read of a call: 0 the mean over its rows, 1 the first, 2 the last; place = layer
         SOFT        F rows [v, d] in front of the text
         EMBED_ROWS  I id [n], ascending; F rows [n, d] in the place of what the embedding puts out
         EMBED_ENTRIES  I index [n] into the flat embedding, ascending; F value [n], what is added to what it puts out

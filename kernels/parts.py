@@ -177,12 +177,12 @@ def prefix(carried: Carried, heads: int, x: Tensor | None) -> tuple[Tensor, Tens
     keys, values, gate, gate_bias = carried.pieces
     assert keys is not None
     assert values is not None
-    count, _, per_token = carried.record.options
+    count, _, per_token, which = carried.record.options
     keys, values = (t.reshape(heads, count, -1) for t in (keys, values))
     if gate is None:
         return keys, values
     assert x is not None, "the hook of the attention keeps its input for gates"
-    g = mean_gate(x, gate, gate_bias)
+    g = mean_gate((x, x[:1], x[-1:])[which], gate, gate_bias)
     for_keys, for_values = (g[:, None], g[:, None]) if per_token else (g[0], g[-1])
     return (keys.float() * for_keys).to(keys.dtype), (values.float() * for_values).to(values.dtype)
 
