@@ -51,9 +51,9 @@ def low_rank(rank: int, *names: str, dora: bool = False) -> Shapes:
     return made
 
 
-def parameters() -> dict[str, tuple[int, ...]]:
+def parameters() -> Shapes:
     """Every parameter of the backbone."""
-    made = {f"{site.path}.weight": (site.out_features, site.in_features) for site in BACKBONE.info.sites}
+    made: Shapes = {f"{site.path}.weight": (site.out_features, site.in_features) for site in BACKBONE.info.sites}
     made |= {f"{norm.path}.weight": (WIDTH,) for norm in BACKBONE.info.norms}
     return {**made, "model.embed_tokens.weight": (VOCABULARY, WIDTH)}
 

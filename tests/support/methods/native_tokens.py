@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.support.methods.case import Case
@@ -17,6 +18,7 @@ def _embedding(whole_rows: bool) -> Content:
     def content(model: PreTrainedModel, draw: Draw) -> tuple[Tensors, dict[str, Any]]:
         weight = model.get_input_embeddings().weight
         (path,) = (name for name, parameter in model.named_parameters() if parameter is weight)
+        assert isinstance(weight, Tensor)
         rows, wide = weight.shape
         places = torch.arange(rows * wide).view(rows, wide)
         index = places[::3].flatten() if whole_rows else (draw(rows * wide) > 0.4).nonzero().flatten()
