@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from weft.adapters_store.errors import AdapterInvalid, expected
 from weft.adapters_store.parts import (
     Bottleneck,
+    EmbeddingEntries,
     EmbeddingPair,
     ExpertPair,
     KronSum,
@@ -29,6 +30,7 @@ WORDS = {
     RowOverride: "an override of embedding rows",
     SoftPrompt: "a soft prompt",
     KVPrefix: "a prefix of keys and values",
+    EmbeddingEntries: "a change of embedding entries",
     EmbeddingPair: "a scale of embeddings",
     Bottleneck: "a bottleneck",
     SideNet: "a side network",
@@ -66,8 +68,9 @@ class Parts:
         return tuple(part for _, part in self._found)
 
     def _add(self, part: Part, label: str) -> None:
-        if isinstance(part, RowOverride):
+        if isinstance(part, RowOverride | EmbeddingEntries):
             self._refuse_scaled_rows(label)
+            self._refuse_rows_with_entries(part, label)
         key = _place(part)
         if key not in self._at:
             if key is not None:
@@ -83,6 +86,12 @@ class Parts:
             if isinstance(part, EmbeddingPair) and part.outer is not None:
                 wanted = f"embedding rows before {owner}, which scales embeddings"
                 raise expected(label, wanted, "some behind it", "name the two the other way round")
+
+    def _refuse_rows_with_entries(self, part: Part, label: str) -> None:
+        """Rows are replaced before entries are added, whatever the order of the adapters."""
+        for owner, there in self._found:
+            if {type(there), type(part)} == {RowOverride, EmbeddingEntries}:
+                raise expected(label, f"no other embedding beside {WORDS[type(there)]} in {owner}", WORDS[type(part)])
 
 
 def times(value: Value, weight: float) -> Computed:
@@ -100,6 +109,8 @@ def _weighted(part: Part, label: str, weight: float) -> Part:
         return part
     if isinstance(part, Bottleneck):
         return _weighted_bottleneck(part, weight)
+    if isinstance(part, EmbeddingEntries):
+        return replace(part, values=times(part.values, weight))
     if isinstance(part, ExpertPair) or (isinstance(part, EmbeddingPair) and part.outer is None):
         return replace(part, scale=part.scale * weight)
     raise needs_one(label, weight, f"{WORDS[type(part)]} has no weight")
@@ -132,7 +143,7 @@ def _place(part: Part) -> object:
             return (KVPrefix, part.layer)
         case Bottleneck():
             return (Bottleneck, part.layer, part.after) if part.plain else None
-        case EmbeddingPair():
+        case EmbeddingPair() | EmbeddingEntries():
             return None
         case ExpertPair(path, parameter, _, _, _):
             return (ExpertPair, path, parameter)

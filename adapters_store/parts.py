@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from weft.adapters_store.tensor_refs import Value
 
 ATTENTION, MLP = "attention", "mlp"
+# what a prefix's gate may read of a call
+GATE_INPUTS = ("mean", "first_token", "last_token")
 # what a bottleneck may read: the sublayer's output, that plus the residual, the residual, the sublayer's normed input
 TAPS = ("h", "h+x_res", "x_res", "ln_x")
 
@@ -96,6 +98,7 @@ class KVPrefix:
     shifts:  whether the text's positions begin at p rather than at 0
     gate:    weight [k, d] on the attention's input, k = 1: one number for both; 2: one for keys, one for values
     gate_per_token:  k = p: a number per prefix token, for its key and value
+    gate_input:      one of GATE_INPUTS
     """
 
     layer: int
@@ -104,6 +107,7 @@ class KVPrefix:
     shifts: bool
     gate: Gate | None = None
     gate_per_token: bool = False
+    gate_input: str = GATE_INPUTS[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,14 @@ class RowOverride:
 
     ids: Value | tuple[int, ...]
     rows: Value
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingEntries:
+    """The input embedding's flat weight += ``values`` [n] at ``index`` [n], ascending; its scale acts on them too."""
+
+    index: Value
+    values: Value
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,5 +190,14 @@ class ExpertPair:
 
 
 Part = (
-    NormOverride | Bottleneck | KVPrefix | SoftPrompt | RowOverride | EmbeddingPair | TokenMask | SideNet | ExpertPair
+    NormOverride
+    | Bottleneck
+    | KVPrefix
+    | SoftPrompt
+    | RowOverride
+    | EmbeddingEntries
+    | EmbeddingPair
+    | TokenMask
+    | SideNet
+    | ExpertPair
 )

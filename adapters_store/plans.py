@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from weft.adapters_store.errors import expected
 from weft.adapters_store.operators import Bank, Columns, Dense, LowRank, Operator, Rows, Shared, Sparse
 from weft.adapters_store.parts import (
+    GATE_INPUTS,
     TAPS,
     Bottleneck,
+    EmbeddingEntries,
     EmbeddingPair,
     ExpertPair,
     Gate,
@@ -34,6 +37,8 @@ from weft.kernels.extras import PIECE_WORDS, RECORD_WORDS, Extra, Kind
 from weft.kernels.layout import row_stride
 
 FP32 = torch.float32
+# blocks hold indices, and kernels the ends of rows, in 32 bits
+PLACES_MAX = 2**31 - 1
 Read = Callable[[Values], Tensor]
 
 
@@ -101,7 +106,9 @@ def vector(value: Value | None) -> PiecePlan | None:
 
 
 def integers(ref: Value, below: int, ascending: bool = True) -> PiecePlan:
-    """Indices below a limit."""
+    """Indices below a limit. AdapterInvalid, from shapes alone, where a block could not hold the largest of them."""
+    if below > PLACES_MAX:
+        raise expected(ref.name, f"indices into at most {PLACES_MAX} places", below, "blocks hold them in 32 bits")
     return PiecePlan(1, ref.elements, torch.int32, ref.name, lambda values: values.indices(ref, below, ascending))
 
 
@@ -152,6 +159,8 @@ def plan_part(part: Part, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan
             return _of_embedding(Kind.SOFT, info, f"soft prompt v={count}", piece(rows, (count, width), dtype))
         case RowOverride():
             return _row_override(part, info, dtype)
+        case EmbeddingEntries():
+            return _entries(part, info, dtype)
         case EmbeddingPair(a, b, scale, outer):
             rank = a.shape[0]
             left = piece(a, (a.shape[1], rank), dtype, lambda t: t.T)
@@ -252,15 +261,16 @@ def _prefix(part: KVPrefix, info: CatalogueInfo, dtype: torch.dtype) -> RecordPl
     def by_head(t: Tensor) -> Tensor:
         return t.reshape(count, heads, -1).transpose(0, 1)
 
+    # a gate per token is a matrix as large as the prefix, or larger
+    gate_dtype = dtype if part.gate_per_token else FP32
     pieces = (
         piece(part.keys, (heads * count, layer.key_size), dtype, by_head),
         piece(part.values, (heads * count, layer.value_size), dtype, by_head),
-        *((None, None) if part.gate is None else _gate(part.gate, layer.features)),
+        *((None, None) if part.gate is None else _gate(part.gate, layer.features, gate_dtype)),
     )
     words = f"kv prefix p={count}{' gated' if part.gate else ''}"
-    return RecordPlan(
-        Kind.PREFIX, part.layer, (count, int(part.shifts), int(part.gate_per_token)), pieces, layer.attention, words
-    )
+    options = (count, int(part.shifts), int(part.gate_per_token), GATE_INPUTS.index(part.gate_input))
+    return RecordPlan(Kind.PREFIX, part.layer, options, pieces, layer.attention, words)
 
 
 def _row_override(part: RowOverride, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:
@@ -278,6 +288,14 @@ def _row_override(part: RowOverride, info: CatalogueInfo, dtype: torch.dtype) ->
     return _of_embedding(Kind.EMBED_ROWS, info, f"rows n={count}", id_piece, rows)
 
 
-def _gate(gate: Gate, wide: int) -> tuple[PiecePlan, PiecePlan | None]:
+def _entries(part: EmbeddingEntries, info: CatalogueInfo, dtype: torch.dtype) -> RecordPlan:
+    assert info.embedding is not None
+    count, scale = part.index.elements, _embedding_scale(info)
+    index = integers(part.index, info.embedding.rows * info.embedding.features)
+    values = piece(part.values, (1, count), dtype, lambda t: t * scale)
+    return _of_embedding(Kind.EMBED_ENTRIES, info, f"entries n={count}", index, values)
+
+
+def _gate(gate: Gate, wide: int, dtype: torch.dtype = FP32) -> tuple[PiecePlan, PiecePlan | None]:
     outputs = gate.weight.elements // wide
-    return piece(gate.weight, (outputs, wide), FP32), vector(gate.bias)
+    return piece(gate.weight, (outputs, wide), dtype), vector(gate.bias)

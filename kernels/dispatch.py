@@ -184,7 +184,8 @@ class Kernels(ABC):
 
         soft:  rows that are no text: their id means nothing
         """
-        for kind, change in ((Kind.EMBED_ROWS, parts.embed_rows), (Kind.EMBED_PAIR, parts.embed_pair)):
+        changes = (parts.embed_rows, parts.embed_entries, parts.embed_pair)
+        for kind, change in zip((Kind.EMBED_ROWS, Kind.EMBED_ENTRIES, Kind.EMBED_PAIR), changes, strict=True):
             for carried in self.carried(rows, kind, 0):
                 change(out[carried.rows], ids[carried.rows], carried)
         for span in soft:

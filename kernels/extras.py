@@ -38,10 +38,13 @@ class Kind(IntEnum):
     Elsewhere:
         NORM        [V weight [d]]; [V bias [d]] in the place of the norm's own, place = norm
         BOTTLENECK  place = hidden place: see ``parts.Bottleneck``
-        PREFIX      F keys [heads · p, key size]; F values [heads · p, value size]; [V gate [k, d]]; [V gate bias [k]];
-                    options: p, whether positions of the text begin at p; place = layer
+        PREFIX      F keys [heads · p, key size]; F values [heads · p, value size]; [V gate [k, d], F where k is a
+                    number per prefix token]; [V gate bias [k]];
+                    options: p, whether positions of the text begin at p, whether there is a gate per token, what gates
+                    read of a call: 0 the mean over its rows, 1 the first, 2 the last; place = layer
         SOFT        F rows [v, d] in front of the text
         EMBED_ROWS  I id [n], ascending; F rows [n, d] in the place of what the embedding puts out
+        EMBED_ENTRIES  I index [n] into the flat embedding, ascending; F value [n], what is added to what it puts out
         EMBED_PAIR  F a [vocabulary, r]; F b [r, d]; [V outer [d]]:  embedding(id) = outer ⊙ embedding(id) + a[id] b
         BANK        in a block of its own: F a [r, widest in]; F b [r, tallest out]
         SHARES      options: the eight words of a bank's digest; place = its number
@@ -67,6 +70,7 @@ class Kind(IntEnum):
     MASK = 22
     SIDE = 23
     EXPERTS = 24
+    EMBED_ENTRIES = 25
     BANK = 30
     SHARES = 31
 

@@ -68,7 +68,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 def mean_gate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """sigmoid(x weightᵀ + bias) [k], averaged over the rows of x [rows, d]: those of one request in one call."""
-    return torch.sigmoid(F.linear(x.float(), weight, None if bias is None else bias[0])).mean(dim=0)
+    return torch.sigmoid(F.linear(x.float(), weight.float(), None if bias is None else bias[0])).mean(dim=0)
 
 
 def delta(x: Tensor, carried: Carried, tall: int) -> Tensor:
@@ -176,12 +176,12 @@ def prefix(carried: Carried, heads: int, x: Tensor | None) -> tuple[Tensor, Tens
     keys, values, gate, gate_bias = carried.pieces
     assert keys is not None
     assert values is not None
-    count, _, per_token = carried.record.options
+    count, _, per_token, which = carried.record.options
     keys, values = (t.reshape(heads, count, -1) for t in (keys, values))
     if gate is None:
         return keys, values
     assert x is not None, "the hook of the attention keeps its input for gates"
-    g = mean_gate(x, gate, gate_bias)
+    g = mean_gate((x, x[:1], x[-1:])[which], gate, gate_bias)
     for_keys, for_values = (g[:, None], g[:, None]) if per_token else (g[0], g[-1])
     return (keys.float() * for_keys).to(keys.dtype), (values.float() * for_values).to(values.dtype)
 
@@ -194,6 +194,18 @@ def embed_rows(out: Tensor, ids: Tensor, carried: Carried) -> None:
     place = torch.searchsorted(listed[0], ids.int()).clamp(max=listed.shape[1] - 1)
     hit = listed[0][place] == ids
     out.copy_(torch.where(hit[:, None], rows[place].to(out.dtype), out))
+
+
+def embed_entries(out: Tensor, ids: Tensor, carried: Carried) -> None:
+    """Each row of out [rows, d] plus the entries of its id."""
+    index, values = carried.pieces
+    assert index is not None
+    assert values is not None
+    wide = out.shape[1]
+    # an entry for every place or none: how many a row has is known to no host, so shapes must not depend on it
+    places = ids.int()[:, None] * wide + torch.arange(wide, dtype=torch.int32, device=out.device)
+    found = torch.searchsorted(index[0], places).clamp(max=index.shape[1] - 1)
+    out.copy_(out.float() + torch.where(index[0][found] == places, values[0][found].float(), 0.0))
 
 
 def embed_pair(out: Tensor, ids: Tensor, carried: Carried) -> None:

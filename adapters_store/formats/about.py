@@ -13,6 +13,7 @@ class Served:
     format:     what is read: ``PEFT LORA, use_dora``
     survey:     whether it is a row of arXiv 2303.15647
     refuses:    what of the format is refused, and why; empty if nothing is
+    counts_as:  the method that this row is a start, a setting or a carrier of; empty if it is one of its own
     """
 
     name: str
@@ -21,3 +22,9 @@ class Served:
     format: str
     survey: bool = False
     refuses: str = ""
+    counts_as: str = ""
+
+    @property
+    def method(self) -> str:
+        """What it counts as: several rows may be of one method."""
+        return self.counts_as or self.name

@@ -157,7 +157,11 @@ def _at_rows(start: int, rows: int) -> "Callable[[Tensor], Tensor]":
 
 
 def _vera(context: Context, place: Place, rank: int, shared: list[TensorRef]) -> _Pair:
-    """A' = D A and B' = B_v B; A and B are those of all linears."""
+    """A' = D A and B' = B_v B; A and B are those of all linears.
+
+    The library trains D and B_v whole, so the two products are each linear's own: unlike in PEFT nothing is left to
+    share but what the file repeats.
+    """
     site, shelf = place.site, context.shelf
     if not shared:
         why = "it is as large as the first linear of the adapter asks"

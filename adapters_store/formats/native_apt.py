@@ -1,16 +1,17 @@
 """Our own ``X_APT``: adaptive prefix tuning, prefixes of keys and values that a layer's input opens and closes.
 
-    P_l ← λ_l · mean over the call's tokens of sigmoid(W_l x + b_l) ⊙ P_l
+    P_l ← λ_l · sigmoid(W_l x + b_l) ⊙ P_l
 
 Tensor ``prompt_embeddings`` [p, 2·L·h·s] as PEFT's prefix tuning has it, K₀, V₀, K₁, V₁, … side by side, and per layer
 ``layers.<i>.gate.weight`` W [p, d], where wanted ``layers.<i>.gate.bias`` [p], and ``layers.<i>.lambda``, one number.
 x is what the layer's attention is given; a call is the whole prompt, then each token alone. The text's positions begin
-at p. Settings: ``gate_input`` ``mean``, ``gate_scope`` ``per_call``, ``applies_to`` ``kv``, and those of
-``native_common``.
+at p. Settings: ``gate_input``, of a call's tokens the ``first_token``, the ``last_token``, or the ``mean`` of what each
+makes; ``gate_scope`` ``per_call``, ``applies_to`` ``kv``, and those of ``native_common``.
 """
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from weft.adapters_store.errors import expected
@@ -19,7 +20,7 @@ from weft.adapters_store.formats.native_common import DIALECT, read_common
 from weft.adapters_store.formats.settings import Settings, show
 from weft.adapters_store.formats.tensors import require_kind, require_shape
 from weft.adapters_store.operators import ParsedAdapter
-from weft.adapters_store.parts import Gate, KVPrefix
+from weft.adapters_store.parts import GATE_INPUTS, Gate, KVPrefix
 from weft.adapters_store.safetensors_header import Header
 from weft.adapters_store.sites import CatalogueInfo, LayerInfo
 from weft.adapters_store.tensor_refs import Computed, TensorRef
@@ -32,7 +33,6 @@ METHOD = "X_APT"
 ROWS, GATE, GATE_BIAS, LAMBDA = "prompt_embeddings", "gate.weight", "gate.bias", "lambda"
 # the one value of each setting that is served, and why others are not
 CHOICES = {
-    "gate_input": ("mean", "a gate is the mean over the tokens of a call"),
     "gate_scope": ("per_call", "a gate that stays what the prompt made it is not served"),
     "applies_to": ("kv", "a gate acts on keys and values"),
 }
@@ -45,7 +45,7 @@ SERVES = (
         "kv_prefix, gate",
         "weft X_APT",
         survey=True,
-        refuses="gate_input other than mean, gate_scope other than per_call",
+        refuses="gate_input per_query, gate_scope other than per_call",
     ),
 )
 
@@ -53,6 +53,10 @@ SERVES = (
 def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> ParsedAdapter:
     """Config and header to operators; values are not looked at."""
     read_common(settings, catalogue)
+    gate_input = settings.text("gate_input", required=True)
+    if gate_input not in GATE_INPUTS:
+        why = "a gate is one of a call, not one of each of its tokens"
+        raise expected("gate_input", f"one of {', '.join(GATE_INPUTS)}", show(gate_input), why)
     for key, (served, why) in CHOICES.items():
         said = settings.text(key, required=True)
         if said != served:
@@ -72,7 +76,8 @@ def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> Parse
         DIALECT,
         {},
         parts=tuple(
-            _prefix(number, layer, rows, starts[2 * number], tensors) for number, layer in enumerate(catalogue.layers)
+            replace(_prefix(number, layer, rows, starts[2 * number], tensors), gate_input=gate_input)
+            for number, layer in enumerate(catalogue.layers)
         ),
     )
 

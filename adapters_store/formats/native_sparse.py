@@ -3,10 +3,11 @@
 Tensors at ``base_model.model.<parameter>.``: ``sparse_indices`` [nnz] int32 or int64 into the flat parameter, row by
 row as the backbone stores it, ascending, each once, with ``sparse_values`` [nnz], what is added there; or ``abs``, a
 tensor of the parameter's shape in its place. Settings: ``density``, which informs only; ``tied``
-(``native_parameters``); ``embedding_rows``, how many rows of the input embedding its indices touch; those of
-``native_common``.
+(``native_parameters``); ``embedding_rows``, how many rows of the input embedding its indices touch, where somebody
+counted them; those of ``native_common``.
 
-Entries of an embedding become the rows that they are in: what a lookup needs is a row.
+Entries of an embedding become the rows that they are in if those are known to take less memory, which they do where a
+few tokens were trained; else they stay entries.
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from weft.adapters_store.formats.native_parameters import (
 from weft.adapters_store.formats.settings import Settings
 from weft.adapters_store.formats.tensors import Roles, by_module, missing_tensor, require_shape
 from weft.adapters_store.operators import ParsedAdapter, Sparse
-from weft.adapters_store.parts import RowOverride
+from weft.adapters_store.parts import EmbeddingEntries, RowOverride
 from weft.adapters_store.safetensors_header import Header
 from weft.adapters_store.sites import CatalogueInfo, EmbeddingInfo, SiteInfo
 from weft.adapters_store.tensor_refs import Computed, TensorRef
@@ -41,12 +42,13 @@ if TYPE_CHECKING:
 METHOD = "X_SPARSE"
 
 INDICES, VALUES, ABS = "sparse_indices", "sparse_values", "abs"
-# kernels count the entries of a matrix in 32 bits
-ENTRIES_MAX = 2**31 - 1
 # above this a dense delta takes less memory in any dtype
 DENSITY_MAX = 0.5
 
-_OPERATORS = "sparse, bias, norm_override, row_override"
+INDEX_BYTES = 4
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+_OPERATORS = "sparse, bias, norm_override, row_override, embedding_entries"
 SERVES = (
     Served("DiffPruning", "2012.07463", _OPERATORS, "weft X_SPARSE", survey=True),
     Served("FishMask", "2111.09839", _OPERATORS, "weft X_SPARSE", survey=True),
@@ -59,7 +61,7 @@ def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> Parse
     read_common(settings, catalogue)
     settings.ignore("density")
     tied = read_tied(settings, catalogue)
-    counts = settings.integers("embedding_rows") or ()
+    rows = settings.optional_integer("embedding_rows")
     settings.finish(METHOD)
     roles = [f"{name}.{role}" for name in (WEIGHT, BIAS) for role in (INDICES, VALUES, ABS)]
     found = by_module(header, roles, catalogue, [role for role in roles if role.endswith(INDICES)])
@@ -69,12 +71,13 @@ def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> Parse
             own = {role: tensors[full] for role in (INDICES, VALUES, ABS) if (full := f"{name}.{role}") in tensors}
             if own:
                 first = next(iter(own.values()))
-                _change(said, parameter_at(module, name, first, tied, catalogue), own, counts)
-    _check_counts(said, counts)
+                _change(said, parameter_at(module, name, first, tied, catalogue), own, rows, catalogue)
+    if rows and not any(isinstance(part, EmbeddingEntries | RowOverride) for part in said.parts):
+        raise expected("embedding_rows", "it beside entries of the input embedding", "it alone")
     return said.parsed(METHOD, catalogue)
 
 
-def _change(said: Said, parameter: Parameter, own: Roles, counts: tuple[int, ...]) -> None:
+def _change(said: Said, parameter: Parameter, own: Roles, rows: int | None, catalogue: CatalogueInfo) -> None:
     """One parameter's tensors: ``abs``, or indices with values."""
     only_one_of(own, ABS, INDICES)
     whole = only_one_of(own, ABS, VALUES) if ABS in own else None
@@ -88,7 +91,9 @@ def _change(said: Said, parameter: Parameter, own: Roles, counts: tuple[int, ...
     index, values = own[INDICES], own[VALUES]
     _check_entries(index, values, parameter)
     if isinstance(parameter.place, EmbeddingInfo):
-        _add_rows(said, parameter, parameter.place, index, values, counts)
+        said.parts.append(_of_embedding(parameter, parameter.place, index, values, rows, catalogue.dtype))
+        if parameter.follows:
+            said.at(parameter.follows, Sparse(index, values), "follows the input embedding")
     elif isinstance(parameter.place, SiteInfo) and parameter.name == WEIGHT:
         turned = _turned(index, values, parameter) if parameter.transposed else (index, values)
         said.at(parameter.module, Sparse(*turned))
@@ -101,8 +106,6 @@ def _check_entries(index: TensorRef, values: TensorRef, parameter: Parameter) ->
         raise expected(index.name, "one axis", list(index.shape))
     require_shape(values, index.shape, f"as many as {INDICES}")
     size = prod(parameter.shape)
-    if size > ENTRIES_MAX:
-        raise expected(index.name, f"a parameter of at most {ENTRIES_MAX} entries", size)
     if index.elements > DENSITY_MAX * size and len(parameter.shape) > 1:
         wanted = f"at most {DENSITY_MAX:.0%} of the {size} entries of {parameter.path}"
         raise expected(index.name, wanted, index.elements, "X_DENSE takes less memory for more")
@@ -129,28 +132,22 @@ def _turned(index: TensorRef, values: TensorRef, parameter: Parameter) -> tuple[
     )
 
 
-def _add_rows(
-    said: Said,
-    parameter: Parameter,
-    embedding: EmbeddingInfo,
-    index: TensorRef,
-    values: TensorRef,
-    counts: tuple[int, ...],
-) -> None:
-    """Entries of the input embedding as whole rows; the output embedding that shares its weight takes the entries."""
-    if len(counts) != 1:
-        got = "none" if not counts else f"{len(counts)} numbers"
-        raise expected("embedding_rows", f"the number of rows of {embedding.path} that {INDICES} touch", got)
-    count, most = counts[0], min(index.elements, embedding.rows)
-    if not 1 <= count <= most:
-        raise expected("embedding_rows", f"1 to {most}", count)
-    touched = _Touched(index.name, count, embedding.features, embedding.rows)
-    ids = Computed(index.name, (count,), touched.ids, (index,))
-    shape = (count, embedding.features)
-    rows = Computed(values.name, shape, touched.changed, (index, values), (parameter.path,))
-    said.parts.append(RowOverride(ids, rows))
-    if parameter.follows:
-        said.at(parameter.follows, Sparse(index, values), "follows the input embedding")
+def _of_embedding(
+    parameter: Parameter, embedding: EmbeddingInfo, index: TensorRef, values: TensorRef, rows: int | None, dtype: str
+) -> EmbeddingEntries | RowOverride:
+    """Entries of the input embedding, or the whole rows that they are in; ``rows``: how many those are, if known."""
+    if rows is None:
+        return EmbeddingEntries(index, values)
+    most = min(index.elements, embedding.rows)
+    if rows > most:
+        raise expected("embedding_rows", f"1 to {most}", rows)
+    touched = _Touched(index.name, rows, embedding.features, embedding.rows)
+    size = ITEM_BYTES[dtype]
+    if index.elements * (INDEX_BYTES + size) <= rows * (INDEX_BYTES + embedding.features * size):
+        return EmbeddingEntries(Computed(index.name, index.shape, touched.counted, (index,)), values)
+    ids = Computed(index.name, (rows,), touched.ids, (index,))
+    shape = (rows, embedding.features)
+    return RowOverride(ids, Computed(values.name, shape, touched.changed, (index, values), (parameter.path,)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +168,11 @@ class _Touched:
             raise expected("embedding_rows", f"{len(found)}, as many as {INDICES} touch", self.count)
         return found
 
+    def counted(self, index: "Tensor") -> "Tensor":
+        """The indices themselves, whose rows have been counted."""
+        self.ids(index)
+        return index
+
     def changed(self, index: "Tensor", values: "Tensor", old: "Tensor") -> "Tensor":
         """What they become, [count, width]."""
         import torch
@@ -180,9 +182,3 @@ class _Touched:
         new = old[ids]
         new[torch.searchsorted(ids, flat // self.width), flat % self.width] += values
         return new
-
-
-def _check_counts(said: Said, counts: tuple[int, ...]) -> None:
-    touched = any(isinstance(part, RowOverride) and isinstance(part.ids, Computed) for part in said.parts)
-    if counts and not touched:
-        raise expected("embedding_rows", "it beside entries of the input embedding", "it alone")

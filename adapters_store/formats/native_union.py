@@ -3,7 +3,8 @@
 Settings: ``members``, a list of whole configs, PEFT's, AdapterHub's or weft's own, and those of ``native_common``. A
 member's config may have ``layers``, numbers of decoder layers, ascending: the member then knows no other part of the
 backbone, and counts the layers of the list from 0. Tensors: ``member.<k>.`` in front of the names that member k's own
-format has. At a linear the members act one after the other, in the order of the list (``merge``).
+format has, and each keeps the dialect of that. At a linear the members act one after the other, in the order of the
+list (``merge``).
 """
 
 import re
@@ -59,7 +60,9 @@ def parse(settings: Settings, header: Header, catalogue: CatalogueInfo) -> Parse
         raise expected("members", f"1 to {MEMBERS_MAX} configs", len(listed))
     headers = _headers(header, len(listed))
     asked = [_asked(number, values, headers[number], catalogue) for number, values in enumerate(listed)]
-    union = merge([Member(member.label, _parsed(member, catalogue)) for member in asked], METHOD, DIALECT)
+    members = [Member(member.label, _said_so(_parsed(member, catalogue))) for member in asked]
+    dialects = dict.fromkeys((DIALECT, *(member.parsed.dialect for member in members)))
+    union = merge(members, METHOD, ", ".join(dialects))
     paths = sorted(union.sites, key=catalogue.index.__getitem__)
     return replace(union, sites={path: union.sites[path] for path in paths})
 
@@ -102,6 +105,14 @@ def _parsed(asked: _Asked, catalogue: CatalogueInfo) -> ParsedAdapter:
         return parsed
     parts = tuple(_renumbered(part, asked) for part in parsed.parts)
     return replace(parsed, parts=parts)
+
+
+def _said_so(parsed: ParsedAdapter) -> ParsedAdapter:
+    """The member with its own dialect, where that is another than the union's, among the folds of its linears."""
+    if parsed.dialect == DIALECT:
+        return parsed
+    fold = f"read as {parsed.dialect}"
+    return replace(parsed, sites={p: replace(s, folds=(*s.folds, fold)) for p, s in parsed.sites.items()})
 
 
 def _named(error: AdapterInvalid, asked: _Asked) -> AdapterInvalid:

@@ -12,7 +12,7 @@ from weft.adapters_store.safetensors_header import Header
 from weft.adapters_store.sites import CatalogueInfo
 
 METHOD = "BEFT"
-SERVES = (Served("BEFT (BitFit of added biases)", "2509.15974", "bias", "PEFT BEFT", survey=True),)
+SERVES = (Served("BEFT (BitFit of added biases)", "2509.15974", "bias", "PEFT BEFT", True, counts_as="BitFit"),)
 
 VECTOR = "beft_bias"
 

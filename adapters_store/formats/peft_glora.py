@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 METHOD = "GLORA"
 SERVES = (
-    Served("GLoRA, vectors and constants", "2306.07967", "scale, low_rank, bias", "PEFT GLORA", survey=True),
-    Served("GLoRA, config_A_B=lora", "2306.07967", "dense, bias", "PEFT GLORA", survey=True),
+    Served(
+        "GLoRA, vectors and constants", "2306.07967", "scale, low_rank, bias", "PEFT GLORA", True, counts_as="GLoRA"
+    ),
+    Served("GLoRA, config_A_B=lora", "2306.07967", "dense, bias", "PEFT GLORA", True, counts_as="GLoRA"),
 )
 
 LORA, VECTOR, CONSTANT, NONE = "lora", "vector", "constant", "none"

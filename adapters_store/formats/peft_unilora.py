@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METHOD = "UNILORA"
-SERVES = (Served("Uni-LoRA", "2506.00799", "low_rank", "PEFT UNILORA, with and without save_indices"),)
+SERVES = (Served("Uni-LoRA", "2506.00799", "low_rank (expanded)", "PEFT UNILORA, with and without save_indices"),)
 
 TRAINED = "unilora_theta_d"
 INDICES_A, INDICES_B = "unilora_indices_A", "unilora_indices_B"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METHOD = "VBLORA"
-SERVES = (Served("VB-LoRA", "2405.15179", "low_rank", "PEFT VBLORA, save_only_topk_weights"),)
+SERVES = (Served("VB-LoRA", "2405.15179", "low_rank (expanded)", "PEFT VBLORA, save_only_topk_weights"),)
 
 BANK = "vblora_vector_bank"
 A, B = "vblora_logits_A", "vblora_logits_B"

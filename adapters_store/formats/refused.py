@@ -12,7 +12,6 @@ REFUSED: Mapping[str, str] = {
     "OSF": f"OSF trains singular vectors of a weight away from their first values, {AGAIN}",
     "POLY": "Polytropon mixes its adapters by task, and which task a request is about is said by no file",
     "PSOFT": f"PSOFT rotates singular vectors of a weight in the signs that they had, {AGAIN}",
-    "ROAD": "RoAd rotates pairs of outputs, which only a dense matrix per linear could say here",
     "SHADOW": "Shadow runs a second model beside the backbone",
     "XLORA": "X-LoRA weights its adapters by what a first pass over the input says",
 }

@@ -7,7 +7,7 @@ from weft.kernels.extras import Kind
 from weft.server.backbone.recording import Call
 from weft.server.backbone.step import Step, active
 
-KINDS = (Kind.EMBED_ROWS, Kind.EMBED_PAIR)
+KINDS = (Kind.EMBED_ROWS, Kind.EMBED_ENTRIES, Kind.EMBED_PAIR)
 
 
 def scale_of(call: Call) -> float | None:

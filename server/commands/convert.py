@@ -22,7 +22,7 @@ def add_parser(commands: Actions) -> None:
     text = "make adapters of pickles, research checkpoints and fine-tuned models; talks to no server"
     parser = commands.add_parser("convert", help=text, description=text)
     actions = parser.add_subparsers(dest="action", required=True, metavar="WHAT")
-    for add in (_add_pickle, _add_diff, _add_sft, _add_pissa, _add_adamix, _add_sparse_adapter):
+    for add in (_add_pickle, _add_diff, _add_sft, _add_pissa, _add_adamix, _add_sparse_adapter, _add_tfew):
         made = add(actions)
         made.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -92,6 +92,16 @@ def _add_sparse_adapter(actions: Actions) -> argparse.ArgumentParser:
     made.add_argument("--scale", type=float, default=1.0, metavar="S", help="adapter_scalar, where it is no parameter")
     made.add_argument("--norm", choices=("none", "in"), default="none", help="adapter_layernorm_option (default none)")
     made.set_defaults(run=_guarded(run_sparse_adapter))
+    return made
+
+
+def _add_tfew(actions: Actions) -> argparse.ArgumentParser:
+    text = "finish.pt of t-few: (IA)³ and LoRA as PEFT's, biases and norms as X_BITFIT and X_NORM"
+    made = actions.add_parser("t-few", help=text, description=text)
+    made.add_argument("file", help="what torch.save wrote")
+    made.add_argument("out", help="new folder to write")
+    made.add_argument("--base", metavar="FOLDER", help="the backbone, for biases; only its tensors' names are read")
+    made.set_defaults(run=_guarded(run_tfew))
     return made
 
 
@@ -176,6 +186,14 @@ def run_sparse_adapter(arguments: argparse.Namespace, terminal: Terminal) -> Non
     a = arguments
     found = convert_sparse_adapter(Path(a.file), Path(a.out), a.scale, a.tap, a.act, a.norm, a.alpha)
     show_converted(found, terminal)
+
+
+def run_tfew(arguments: argparse.Namespace, terminal: Terminal) -> None:
+    """Trained parameters of t-few."""
+    from weft.server.convert.tfew import convert_tfew
+
+    base = None if arguments.base is None else Path(arguments.base)
+    show_converted(convert_tfew(Path(arguments.file), Path(arguments.out), base), terminal)
 
 
 def show_converted(found: "Converted", terminal: Terminal) -> None:

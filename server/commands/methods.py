@@ -91,7 +91,7 @@ def _show(rows: Sequence[Served], terminal: Terminal) -> None:
 
 
 def _legend(rows: Sequence[Served]) -> str:
-    methods, survey = {row.name for row in rows}, {row.name for row in rows if row.survey}
+    methods, survey = {row.method for row in rows}, {row.method for row in rows if row.survey}
     return f"{len(methods)} methods, of which the {len(survey)} with a * are of the survey arXiv 2303.15647."
 
 

@@ -100,7 +100,7 @@ def smallest(change: Change, choice: str = "auto", device: str = "cpu") -> Said 
 
 
 def smallest_of_embedding(change: Change, choice: str = "auto", followed: bool = False) -> Said:
-    """The same for an embedding [tokens, features], of which a device holds whole rows.
+    """The same for an embedding [tokens, features], of which a device holds whole rows, or entries if they are fewer.
 
     followed:  whether an output embedding of the same weight changes with it, and takes the entries once more
     """
@@ -110,7 +110,8 @@ def smallest_of_embedding(change: Change, choice: str = "auto", followed: bool =
     energy = _energies(change.delta, 1)
     kept = _kept(energy, room)
     entries = int((change.delta[kept] != 0).sum())
-    sparse = len(kept) * (INDEX_BYTES + features * size) + followed * entries * (INDEX_BYTES + size)
+    flat = entries * (INDEX_BYTES + size)
+    sparse = min(flat, len(kept) * (INDEX_BYTES + features * size)) + followed * flat
     dense = rows * (INDEX_BYTES + features * size) + followed * rows * features * size
     allowed = entries <= DENSITY_MAX * stored.numel() and stored.numel() <= ENTRIES_MAX
     if allowed and choice != DENSE and (sparse <= dense or choice == SPARSE):

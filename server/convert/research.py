@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,28 @@ def write_adapter(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], out: Path, source: Path, notes: Iterable[str]
 ) -> Converted:
     """Write the folder of an adapter whose tensors are named without PEFT's prefix."""
-    made, more = writable({PREFIX + name: tensor for name, tensor in tensors.items()}, source.name)
+    return _write({PREFIX + name: tensor for name, tensor in tensors.items()}, config, out, source, notes)
+
+
+def write_members(
+    members: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Any]]], out: Path, source: Path
+) -> Converted:
+    """The same for several adapters that act together, each with its config: as an X_UNION where there is not one."""
+    if len(members) == 1:
+        return write_adapter(*members[0], out, source, ())
+    tensors = {
+        f"member.{number}.{PREFIX}{name}": tensor
+        for number, (own, _) in enumerate(members)
+        for name, tensor in own.items()
+    }
+    config = {"peft_type": "X_UNION", "format_version": 1, "members": [dict(config) for _, config in members]}
+    return _write(tensors, config, out, source, ())
+
+
+def _write(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], out: Path, source: Path, notes: Iterable[str]
+) -> Converted:
+    made, more = writable(tensors, source.name)
     with new_folder(out) as folder:
         write_config(folder, config)
         save_tensors(made, folder / WEIGHTS)

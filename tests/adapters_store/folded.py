@@ -30,7 +30,7 @@ class Folded:
         places = {*self.terms, *(record.place for record in self.records if record.kind in DELTAS)}
         paths = [info.sites[place].path for place in sorted(places)]
         paths += [info.norms[record.place].path for record in self.records if record.kind == Kind.NORM]
-        if any(record.kind in (Kind.EMBED_ROWS, Kind.EMBED_PAIR) for record in self.records):
+        if any(record.kind in (Kind.EMBED_ROWS, Kind.EMBED_ENTRIES, Kind.EMBED_PAIR) for record in self.records):
             assert info.embedding is not None
             paths.append(info.embedding.path)
         return paths

@@ -133,6 +133,12 @@ def embedded(block: Compiled, base: Tensor) -> Tensor:
         assert ids is not None
         assert new is not None
         got[ids[0].long()] = new
+    entries = block.of(Kind.EMBED_ENTRIES)
+    if entries is not None:
+        index, values = entries.tensors
+        assert index is not None
+        assert values is not None
+        got.view(-1)[index[0].long()] += values[0]
     if pair is not None:
         a, b, outer = pair.tensors
         assert a is not None

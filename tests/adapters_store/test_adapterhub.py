@@ -112,7 +112,7 @@ def differs(got: Tensor, wanted: Tensor, base: Tensor, there: bool) -> int:
 def same_prefix(prefix, record: Extra, x: Tensor) -> int:
     """A layer's keys and values, times the gate that the attention's input x [1, tokens, d] gives."""
     keys, values, weight, bias = record.tensors
-    count, shifts, per_token = record.options
+    count, shifts, per_token, _ = record.options
     assert (weight is None) == (bias is None)
     assert (shifts, per_token) == (0, 0), "AdapterHub's text begins at 0"
     assert keys is not None

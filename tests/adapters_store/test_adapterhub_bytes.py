@@ -4,29 +4,15 @@ from math import prod
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
+from tests.adapters_store.llama_8b import WIDTH, Llama8B
 from tests.support import adapterhub
 from weft.adapters_store.compile import block_bytes
 from weft.adapters_store.formats import hub
 from weft.adapters_store.formats.hub_common import Shelf
-from weft.adapters_store.parts import TAPS
 from weft.adapters_store.safetensors_header import Header
-from weft.adapters_store.sites import CatalogueInfo, HiddenInfo, LayerInfo, SiteInfo
 from weft.adapters_store.tensor_refs import TensorRef
-from weft.kernels.layout import Geometry, SiteShape
 
-LAYERS, WIDTH, KV, INNER = 32, 4096, 1024, 14336
-LINEARS = {
-    "self_attn.q_proj": (WIDTH, WIDTH),
-    "self_attn.k_proj": (WIDTH, KV),
-    "self_attn.v_proj": (WIDTH, KV),
-    "self_attn.o_proj": (WIDTH, WIDTH),
-    "mlp.gate_proj": (WIDTH, INNER),
-    "mlp.up_proj": (WIDTH, INNER),
-    "mlp.down_proj": (INNER, WIDTH),
-}
 # MB of the methods' own parameters, two bytes each, as the survey's authors and the papers set them
 PLAIN = {"intermediate_lora": False, "output_lora": False}
 SURVEY: dict[str, tuple[str, dict[str, Any], float]] = {
@@ -41,34 +27,6 @@ SURVEY: dict[str, tuple[str, dict[str, Any], float]] = {
     "MAM": ("mam", {"0.prefix_length": 30, "1.reduction_factor": 8}, 272.7),
     "UniPELT": ("unipelt", {"0.prefix_length": 10, "1.reduction_factor": 16, "2.r": 8}, 143.7),
 }
-
-
-class Llama8B:
-    """A catalogue of shapes alone."""
-
-    def __init__(self) -> None:
-        layers = [f"model.layers.{i}" for i in range(LAYERS)]
-        sites = [
-            SiteInfo(f"{path}.{name}", *shape, False, "linear") for path in layers for name, shape in LINEARS.items()
-        ]
-        hidden = [HiddenInfo(i, after, WIDTH, TAPS) for i in range(LAYERS) for after in ("attention", "mlp")]
-        self.info = CatalogueInfo(
-            "b" * 64,
-            "bfloat16",
-            tuple(sites),
-            (1,) * len(sites),
-            frozenset(),
-            family="llama",
-            hidden=tuple(hidden),
-            layers=tuple(LayerInfo(path, f"{path}.self_attn", 8, 128, 128, WIDTH) for path in layers),
-        )
-        shapes = [SiteShape(site.in_features, site.out_features) for site in sites]
-        shapes += [SiteShape(WIDTH, WIDTH)] * len(hidden)
-        self.geometry = Geometry(tuple(shapes), (1,) * len(shapes), torch.bfloat16, len(hidden))
-
-    def parameter(self, path: str) -> Tensor | None:
-        """Sizes are known without any."""
-        raise AssertionError(path)
 
 
 class Willing(Shelf):

@@ -12,10 +12,23 @@ from weft.adapters_store import fold
 from weft.adapters_store.compile import block_bytes, compile_adapter
 from weft.adapters_store.errors import AdapterInvalid, StoreBug
 from weft.adapters_store.formats import read_adapter
-from weft.adapters_store.operators import ParsedAdapter
+from weft.adapters_store.operators import ParsedAdapter, SiteOperators, Sparse
+from weft.adapters_store.sites import CatalogueInfo
+from weft.adapters_store.tensor_refs import TensorRef
 from weft.kernels.layout import pack, unpack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Shapes:
+    """A catalogue of shapes alone."""
+
+    def __init__(self, info: CatalogueInfo) -> None:
+        self.info = info
+
+    def parameter(self, path: str) -> torch.Tensor | None:
+        """Nothing is read."""
+        raise AssertionError(path)
 
 
 def parse(files: Files, llama: ModelSites, folder) -> ParsedAdapter:
@@ -29,6 +42,15 @@ def test_the_size_of_a_block_is_known_before_it_is_made(kind, dtype, llama, tmp_
     parsed = parse(VALID[kind](), llama, tmp_path)
     image, report = compile_adapter(parsed, llama, llama.geometry(dtype), 1 << 30)
     assert block_bytes(parsed, llama.geometry(dtype), llama) == image.numel() == report.device_bytes
+
+
+def test_entries_beyond_32_bits_are_refused_before_anything_is_read(llama):
+    path = llama.info.sites[0].path
+    large = replace(llama.info.sites[0], in_features=1 << 15, out_features=1 << 16)
+    entries = (TensorRef(name, (4,), dtype, 0, 16) for name, dtype in (("index", "I64"), ("values", "F32")))
+    parsed = ParsedAdapter("X_SPARSE", "native", {path: SiteOperators((Sparse(*entries),))})
+    with pytest.raises(AdapterInvalid, match="index: expected indices into at most 2147483647 places, got 2147483648"):
+        compile_adapter(parsed, Shapes(replace(llama.info, sites=(large,))), llama.geometry(), 1 << 40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ from weft.adapters_store.merge import Member
 from weft.adapters_store.operators import ParsedAdapter
 from weft.adapters_store.parts import (
     Bottleneck,
+    EmbeddingEntries,
     EmbeddingPair,
     Gate,
     KronSum,
@@ -164,6 +165,12 @@ def override(seed: int) -> ParsedAdapter:
     return file.adapter(parts=[RowOverride((3, 5), file.put(draw(seed, 2, WIDE)))])
 
 
+def entries(seed: int) -> ParsedAdapter:
+    """Some of the embedding [9, 12]: two of token 0, three of token 3, one of token 7, none of the others."""
+    file, index = File(), torch.tensor([2, 11, 36, 40, 47, 84], dtype=torch.int32)
+    return file.adapter(parts=[EmbeddingEntries(file.put(index), file.put(draw(seed, len(index))))])
+
+
 def through(parsed: ParsedAdapter, out: Tensor) -> Tensor:
     return load(parsed, BACKBONE).embed(out, IDS)
 
@@ -194,6 +201,20 @@ def test_rows_are_replaced_before_they_are_scaled():
     assert float((got - through(pair(1, outer=True), through(override(7), H))).abs().max()) <= 2e-6
 
 
+def test_entries_are_added_to_the_rows_of_their_tokens():
+    gained = through(entries(1), H) - H
+    table = torch.zeros(WORDS, WIDE)
+    table.view(-1)[[2, 11, 36, 40, 47, 84]] = draw(1, 6)
+    assert float((gained - table[IDS]).abs().max()) <= 2e-6
+    assert not bool(gained[IDS == 8].any())
+
+
+def test_entries_of_several_add_up_each_with_its_weight():
+    got = through(compose(*members(entries(1), (entries(2), -0.5), pair(5, outer=True))), H)
+    both = through(entries(1), H) - 0.5 * (through(entries(2), H) - H)
+    assert float((got - through(pair(5, outer=True), both)).abs().max()) <= 2e-6
+
+
 # what cannot stand together
 
 
@@ -217,6 +238,15 @@ REFUSED = {
         (override(1), override(2)),
         "b: expected an override of embedding rows in one adapter, got another beside that of a "
         "(one would undo the other)",
+    ),
+    "rows_and_entries": (
+        (override(1), entries(2)),
+        "b: expected no other embedding beside an override of embedding rows in a, got a change of embedding entries",
+    ),
+    "entries_behind_a_scale": (
+        (pair(1, outer=True), entries(2)),
+        "b: expected embedding rows before a, which scales embeddings, got some behind it "
+        "(name the two the other way round)",
     ),
     "rows_behind_a_scale": (
         (pair(1, outer=True), override(2)),

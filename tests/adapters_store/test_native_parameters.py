@@ -3,10 +3,11 @@
 import pytest
 
 from tests.adapters_store.native_blocks import TOLERANCE, applied, compare, compiled
-from tests.support.methods import native_deltas, native_said, native_vectors
+from tests.support.methods import native_deltas, native_glora, native_said, native_tokens, native_vectors
 from tests.support.methods.case import ALL, Case, WholePass
 
-CASES = {case.name: case for case in (*native_vectors.CASES, *native_deltas.CASES, *native_said.CASES)}
+MODULES = (native_vectors, native_deltas, native_said, native_glora, native_tokens)
+CASES = {case.name: case for module in MODULES for case in module.CASES}
 # those whose oracle changes more than parameters
 HOOKED = [name for name in CASES if name.startswith("difffit")]
 PAIRS = [(name, family) for name, case in CASES.items() for family in case.families if name not in HOOKED]

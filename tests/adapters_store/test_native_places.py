@@ -131,7 +131,7 @@ def test_a_prefix_of_a_layer_is_its_own_times_its_number(name, family, tmp_path)
     for number, layer in enumerate(block.sites.info.layers):
         record = block.of(Kind.PREFIX, number)
         assert record is not None
-        assert record.options == (count, 1, 1)
+        assert record.options == (count, 1, 1, 0)
         seen = table.view(count, 2 * len(block.sites.info.layers), layer.kv_heads, layer.key_size)
         for at in (0, 1):
             wanted = tensors[f"layers.{number}.lambda"] * seen[:, 2 * number + at].transpose(0, 1).reshape(

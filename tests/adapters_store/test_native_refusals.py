@@ -158,13 +158,17 @@ def _sparse() -> Iterator[tuple[str, Refused]]:
     spread: dict[str, Tensor | None] = {at: None, values: None, norm: index(3, 40), norm_values: ones(2)}
     yield "norm_beyond", case("indices from 0 to 31, got 40", spread, norm, "gpt2")
     count = "embedding_rows"
-    yield "rows_unsaid", embedding(f"the number of rows of {LLAMA_EMBED}", count)
-    yield "rows_list", embedding("got 2 numbers", count, embedding_rows=[1, 2])
-    yield "rows_zero", embedding("expected 1 to 2, got 0", count, embedding_rows=0)
+    yield "rows_list", embedding("an integer of at least 1", count, embedding_rows=[1, 2])
+    yield "rows_zero", embedding("an integer of at least 1", count, embedding_rows=0)
+    row = torch.arange(32)
+    yield "rows_less", embedding("1, as many as sparse_indices touch", count, places=row, embedding_rows=2)
+    yield "rows_fewer", embedding("2, as many as sparse_indices touch", count, places=row + 3, embedding_rows=1)
     yield "rows_many", embedding("expected 1 to 2, got 3", count, embedding_rows=3)
     yield "rows_wrong", embedding("2, as many as sparse_indices touch, got 1", count, embedding_rows=1)
     yield "rows_alone", case("it beside entries of the input embedding", {}, count, embedding_rows=1)
     far = f"{PREFIX}{LLAMA_EMBED}.weight.sparse_indices"
+    yield "entries_beyond", embedding("indices from 0 to 3231", far, places=index(0, 3232))
+    yield "entries_unsorted", embedding("in ascending order, each once", far, places=index(40, 0))
     yield "rows_beyond", embedding("indices from 0 to 3231", far, places=index(0, 3232), embedding_rows=2)
     yield "tied_unsaid", embedding("shared or independent, got none", "tied", "gpt2", embedding_rows=2)
     yield "tied_word", embedding("one of shared, independent", "tied", "gpt2", embedding_rows=2, tied="both")
@@ -261,9 +265,33 @@ def _difffit() -> Iterator[tuple[str, Refused]]:
     yield "tied_beyond", Refused("X_DIFFFIT", far, {"tied": "shared"}, field, "indices from 0 to 100", "gpt2")
 
 
+def _glora() -> Iterator[tuple[str, Refused]]:
+    """X_GLORA."""
+    xd, xu, d = f"{LLAMA_UP}.glora_A.Xd", f"{LLAMA_UP}.glora_A.Xu", f"{LLAMA_UP}.glora_D.X"
+
+    def case(words: str, changed: Mapping[str, Tensor | None], field: str, **settings: Any) -> Refused:
+        whole = {xd: ones(32, 2), xu: ones(2, 32), **changed}
+        tensors = {name: t for name, t in whole.items() if t is not None}
+        said = {"dialect": "product", **settings}
+        return Refused("X_GLORA", tensors, said, f"{PREFIX}{field}" if "." in field else field, words)
+
+    yield "dialect", case("the elementwise reading is PEFT's GLORA", {}, "dialect", dialect="hadamard")
+    yield "dialect_unsaid", case("a value, got none", {}, "dialect", dialect=UNSET)
+    yield "side", case("expected shape [48, 2], got [32, 2]", {}, xd, dialect="left_product")
+    yield "ranks", case("expected shape [2, 32], got [3, 32]", {xu: ones(3, 32)}, xu)
+    yield "half", case("this tensor, got none (glora_A.Xd is there)", {xu: None}, xu)
+    yield "no_rank", case("expected shape [32, 1], got []", {xd: torch.ones(())}, xd)
+    yield "no_bias", case("a linear that has a bias", {d: ones(48)}, d)
+    c, e = f"{LLAMA_UP}.glora_C.X", f"{LLAMA_UP}.glora_E.X"
+    yield "inputs", case("expected shape [32], got [48]", {c: ones(48)}, c)
+    yield "outputs", case("expected shape [48], got [32]", {e: ones(32)}, e)
+    norm = f"{LLAMA_NORM}.glora_E.X"
+    yield "norm", case("a linear module", {norm: ones(32)}, norm)
+
+
 CASES = {
     f"{group.__name__.strip('_')}-{name}": case
-    for group in (_common, _vectors, _sparse, _rows, _difffit)
+    for group in (_common, _vectors, _sparse, _rows, _difffit, _glora)
     for name, case in group()
 }
 

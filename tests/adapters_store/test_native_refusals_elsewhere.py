@@ -159,7 +159,7 @@ def _prompts() -> Iterator[tuple[str, Refused]]:
         tensors = {name: t for name, t in {**whole, **changed}.items() if t is not None}
         return Refused("X_APT", tensors, {**said, **settings}, field, words, info)
 
-    yield "gate_input", apt('expected mean, got "first_token"', {}, "gate_input", gate_input="first_token")
+    yield "gate_input", apt('got "per_query" (a gate is one of a call', {}, "gate_input", gate_input="per_query")
     yield "gate_scope", apt("a gate that stays", {}, "gate_scope", gate_scope="prefill_frozen")
     yield "applies_to", apt("a gate acts on keys and values", {}, "applies_to", applies_to="k")
     yield "no_applies_to", apt("a value, got none", {}, "applies_to", applies_to=...)

@@ -69,6 +69,19 @@ def test_a_member_may_be_an_adapterhub_file(tmp_path):
     alone = read_adapter(tmp_path, INFO)
     assert [type(part) for part in parsed.parts] == [type(part) for part in alone.parts]
     assert list(parsed.sites) == [UP]
+    assert (parsed.dialect, parsed.sites[UP].folds) == ("native, adapterhub", ())
+
+
+def test_a_linear_says_in_which_dialect_it_was_read(tmp_path):
+    tensors = _named(adapterhub.tensors("llama", "lora"))
+    members = [adapterhub.config("llama", "lora"), {"peft_type": "X_BITFIT", **NATIVE}]
+    other = UP.replace("mlp.up_proj", "self_attn.o_proj")
+    beside = {f"member.1.{PREFIX}{other}.bias_delta": torch.ones(32)}
+    parsed = read_adapter(write(tmp_path, "X_UNION", tensors | beside, members=members), INFO)
+    said = {path: "read as adapterhub" in site.folds for path, site in parsed.sites.items()}
+    assert said.pop(other) is False
+    assert said
+    assert all(said.values())
 
 
 def _named(tensors: Mapping[str, Tensor], member: int = 0) -> dict[str, Tensor]:

@@ -7,14 +7,17 @@ from torch import Tensor
 
 from tests.adapters_store.conftest import sites
 from tests.adapters_store.folded import Folded
+from tests.support.methods import peft_other, peft_weights
 from tests.support.methods.case import GPT2, LLAMA, Case, WholePass, by_peft, noise
-from tests.support.methods.peft_other import CASES, everywhere, linears, plain
+from tests.support.methods.peft_other import everywhere, linears, plain
 from weft.adapters_store.compile import block_bytes, compile_adapter
 from weft.adapters_store.formats import read_adapter
 
+CASES = (*peft_other.CASES, *peft_weights.CASES)
 TOKENS = 5
 TOLERANCE = 2e-6
 
+DRAWN = {"projection_prng_key": 11, "save_projection": False}
 # settings that the whole model need not repeat
 VARIANTS: tuple[Case, ...] = (
     by_peft("loha_patterns", lambda _: peft.LoHaConfig(
@@ -63,6 +66,20 @@ VARIANTS: tuple[Case, ...] = (
     ), families=(LLAMA,)),
     by_peft("randlora_whole", everywhere(peft.RandLoraConfig, r=8, randlora_alpha=3, sparse=True), noise(0.3),
         (LLAMA, GPT2)),
+    by_peft("road_2", plain(peft.RoadConfig, variant="road_2", group_size=8), families=(LLAMA,)),
+    by_peft("road_4", plain(peft.RoadConfig, variant="road_4", group_size=4), families=(LLAMA, "opt")),
+    # what the file does not hold is drawn again
+    by_peft("vera_drawn", everywhere(peft.VeraConfig, r=6, **DRAWN), noise(1.0), (LLAMA, GPT2)),
+    by_peft("pvera_drawn", everywhere(peft.PveraConfig, r=6, **DRAWN), noise(1.0), (LLAMA, GPT2)),
+    by_peft("randlora_drawn", everywhere(peft.RandLoraConfig, r=5, randlora_alpha=3, **DRAWN), noise(0.3),
+        (LLAMA, GPT2)),
+    by_peft("randlora_sparse", everywhere(peft.RandLoraConfig, r=5, randlora_alpha=3, sparse=True, **DRAWN),
+        noise(0.3), (LLAMA,)),
+    by_peft("randlora_very_sparse", everywhere(peft.RandLoraConfig, r=5, randlora_alpha=3, very_sparse=True, **DRAWN),
+        noise(0.3), (LLAMA,)),
+    by_peft("tinylora_drawn", everywhere(
+        peft.TinyLoraConfig, r=4, u=8, projection_seed=11, save_projection=False
+    ), families=(LLAMA, GPT2)),
 )  # fmt: skip
 PAIRS = [(case, family) for case in (*CASES, *VARIANTS) for family in case.families]
 
@@ -127,3 +144,13 @@ def test_another_adapter_of_the_same_shape_fails_the_comparison(case, tmp_path):
     mine, other = case.make(LLAMA, tmp_path / "mine", 1), case.make(LLAMA, tmp_path / "other", 2)
     error, _ = difference(compiled(mine, LLAMA), layers(case, LLAMA, other), LLAMA)
     assert error > 100 * TOLERANCE
+
+
+def test_matrices_drawn_from_one_seed_lie_in_one_bank(tmp_path):
+    model = sites(LLAMA)
+    case = next(case for case in VARIANTS if case.name == "vera_drawn")
+    banks: dict[str, Tensor] = {}
+    for seed in (1, 2):
+        parsed = read_adapter(case.make(LLAMA, tmp_path / str(seed), seed), model.info)
+        compile_adapter(parsed, model, model.geometry(), 1 << 30, banks.__setitem__)
+    assert len(banks) == 1

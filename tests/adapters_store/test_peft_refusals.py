@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 from tests.adapters_store.conftest import sites
 from tests.adapters_store.files import NUMPY, Files, P, Tensor
+from tests.support.methods import peft_other, peft_weights
 from tests.support.methods.case import LLAMA
-from tests.support.methods.peft_other import CASES
 from weft.adapters_store.compile import compile_adapter
 from weft.adapters_store.errors import AdapterInvalid, AdapterTooLarge
 from weft.adapters_store.files import CONFIG, WEIGHTS
 from weft.adapters_store.formats import read_adapter
 
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in (*peft_other.CASES, *peft_weights.CASES)}
 NAMES = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64"}
 Q0, V0, D0 = (f"{P}model.layers.0.{at}" for at in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"))
 # PEFT's copies of the shared bases under each module need not be there
@@ -167,7 +167,14 @@ SETTINGS: tuple[tuple[str, dict[str, Any], str, str], ...] = (
     ("hra", {"r": 6}, f"{Q0}.hra_u", "expected shape [32, 6]"),
     ("hra", {"apply_GS": "yes"}, "apply_GS", "true or false"),
     ("delora", {"rank_pattern": {"q_proj": 2}}, f"{Q0}.delora_A", "r is 2 here"),
-    ("miss", {"init_weights": "bat"}, "init_weights", "bat multiplies blocks of the weight"),
+    ("miss", {"init_weights": "bat"}, "r", "a divisor of both sizes of model.layers.0.self_attn.q_proj"),
+    ("miss_bat", {"init_weights": True}, f"{Q0}.miss_block", "expected shape [4, 32], got [8, 4, 4]"),
+    ("miss_bat", {"r": 8}, f"{Q0}.miss_block", "expected shape [4, 8, 8]"),
+    ("road", {"variant": "road_2"}, f"{Q0}.road_theta", "expected shape [32], got [16]"),
+    ("road", {"variant": "road_3"}, "variant", "one of road_1, road_2, road_4"),
+    ("road", {"group_size": 5}, "group_size", "an even number"),
+    ("road", {"group_size": 12}, "group_size", "a divisor of the 32 outputs"),
+    ("road", {"bias": "all"}, "bias", "RoAd rotates the bias"),
     ("miss", {"init_weights": "mini", "mini_r": 2}, f"{Q0}.miss_block", "mini_r 2"),
     ("miss_mini", {"init_weights": True}, f"{Q0}.miss_block", "expected shape [4, 32], got [4, 1]"),
     ("gralora", {"gralora_k": 3}, "gralora_k", "a divisor of r, which is 8"),
@@ -177,7 +184,8 @@ SETTINGS: tuple[tuple[str, dict[str, Any], str, str], ...] = (
     ("vblora", {"topk": 13}, "topk", "at most the 12 vectors"),
     ("vblora", {"vector_length": 5}, "base_model.vblora_vector_bank", "expected shape [12, 5]"),
     ("vblora", {"save_only_topk_weights": True}, f"{D0}.vblora_logits_A", "a name that ends in"),
-    ("tinylora", {"save_projection": False}, "save_projection", "other machines may draw others"),
+    ("tinylora", {"save_projection": False}, f"{D0}.tinylora_P", "a name that ends in"),
+    ("tinylora", {"save_projection": False, "projection_seed": None}, "projection_seed", "an integer"),
     ("tinylora", {"weight_tying": 1.5}, "weight_tying", "from 0 to 1"),
     ("tinylora", {"weight_tying": 0.5}, "base_model.tinylora_v.3", "begins with"),
     ("tinylora_tied", {"weight_tying": 0.0}, "base_model.tinylora_v.3", "modules share it"),
@@ -200,10 +208,12 @@ SETTINGS: tuple[tuple[str, dict[str, Any], str, str], ...] = (
     ("trainable_tokens", {"token_indices": [1, -1]}, "token_indices", "at least 0"),
     ("trainable_tokens", {"token_indices": [1]}, f"{P}model.embed_tokens.trainable_tokens_delta", "lists 1"),
     ("trainable_tokens", {"target_modules": ["q_proj"]}, "target_modules", "or an output head"),
-    ("vera", {"save_projection": False}, "save_projection", "other machines may draw others"),
+    ("vera", {"save_projection": False}, "base_model.vera_A", "begins with"),
+    ("vera", {"save_projection": False, "projection_prng_key": None}, "projection_prng_key", "an integer"),
     ("vera", {"r": 5}, "base_model.vera_A", "expected shape [5, 48 or more], got [6, 48]"),
     ("pvera", {"sample_at_inference": True}, "sample_at_inference", "drawn anew"),
-    ("randlora", {"save_projection": False}, "save_projection", "other machines may draw others"),
+    ("randlora", {"save_projection": False}, f"{D0}.randlora_A", "a name that ends in"),
+    ("randlora", {"save_projection": False, "projection_prng_key": None}, "projection_prng_key", "an integer"),
     ("randlora", {"r": 4}, "base_model.randlora_B", "or more"),
     ("fourierft", {"random_loc_seed": None}, "random_loc_seed", "an integer"),
     ("fourierft", {"scaling": "x"}, "scaling", "a number"),

@@ -7,14 +7,15 @@ from peft import PeftType
 
 from tests.adapters_store.conftest import sites
 from tests.adapters_store.files import Files, noise
+from tests.support.methods import peft_other, peft_weights
 from tests.support.methods.case import LLAMA
-from tests.support.methods.peft_other import CASES
 from weft.adapters_store.compile import compile_adapter
 from weft.adapters_store.errors import AdapterInvalid
 from weft.adapters_store.formats import PARSERS, read_adapter
 from weft.adapters_store.formats.refused import REFUSED
 from weft.adapters_store.sites import SiteInfo
 
+CASES = (*peft_other.CASES, *peft_weights.CASES)
 TYPES = [kind.value for kind in PeftType]
 HEAD_BYTES = 4096
 
@@ -60,6 +61,8 @@ FORMS = {
     "supra": lambda site: 3 * int(dense(site) * (1 - 0.8)) + low_rank(3)(site),
     "waveft_direct": lambda site: 3 * 60,
     **dict.fromkeys(("glora", "randlora", "c3a", "fourierft", "waveft", "oft", "oft_exact", "boft", "hira"), dense),
+    "road": dense,
+    "miss_bat": dense,
 }
 
 

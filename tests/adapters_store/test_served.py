@@ -53,6 +53,15 @@ def test_every_row_is_complete():
         assert not any("|" in text or "\n" in text for text in (row.name, row.format, row.operators, row.refuses)), row
 
 
+def test_what_a_row_counts_as_is_a_method_of_a_row():
+    rows = served()
+    own = {row.name for row in rows if row.method == row.name}
+    assert {row.method for row in rows} <= own
+    assert len({name.lower() for name in own}) == len(own)
+    starts = {"QLoRA", "KaSA", "rsLoRA", "LoRA of embeddings", "LoRA of experts", "whole modules"}
+    assert {row.name for row in rows if row.method == "LoRA"} == {"LoRA", *starts}
+
+
 def test_nothing_is_served_and_refused():
     assert REFUSED
     assert set(REFUSED).isdisjoint(PARSERS)

@@ -12,6 +12,7 @@ from weft.server.commands import methods
 
 ROWS = (
     Served("LoRA", "arXiv 2106.09685", "low_rank", "PEFT LORA", survey=True, refuses="experts"),
+    Served("KaSA", "arXiv 2412.06071", "low_rank", "PEFT LORA, kasa_config", counts_as="LoRA"),
     Served("BD-LoRA", "PEFT 0.21", "low_rank", "PEFT LORA, use_bdlora"),
     Served("PiSSA, OLoRA", "2404.02948, 2406.01775", "low_rank", "PEFT LORA, init_lora_weights"),
 )
@@ -31,19 +32,20 @@ def test_programs_get_one_json_object(capsys):
     assert cli.main(["methods", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert len(found["served"]) == len(served())
-    assert {"name", "reference", "operators", "format", "survey", "refuses"} == set(found["served"][0])
+    assert {"name", "reference", "operators", "format", "survey", "refuses", "counts_as"} == set(found["served"][0])
     assert {each["peft_type"]: each["why"] for each in found["refused"]} == dict(REFUSED)
 
 
 def test_the_table_marks_the_survey_and_links_papers():
     lines = methods.markdown(ROWS).splitlines()
-    assert lines[2:5] == [
+    assert lines[2:6] == [
         "| LoRA * | PEFT LORA | low_rank | [2106.09685](https://arxiv.org/abs/2106.09685) | experts |",
+        "| KaSA | PEFT LORA, kasa_config | low_rank | [2412.06071](https://arxiv.org/abs/2412.06071) |  |",
         "| BD-LoRA | PEFT LORA, use_bdlora | low_rank | PEFT 0.21 |  |",
         "| PiSSA, OLoRA | PEFT LORA, init_lora_weights | low_rank | "
         "[2404.02948](https://arxiv.org/abs/2404.02948), [2406.01775](https://arxiv.org/abs/2406.01775) |  |",
     ]
-    assert lines[6] == "3 methods, of which the 1 with a * are of the survey arXiv 2303.15647."
+    assert lines[7] == "3 methods, of which the 1 with a * are of the survey arXiv 2303.15647."
 
 
 def test_the_table_is_put_between_its_markers_and_nothing_else_changes(tmp_path, capsys):

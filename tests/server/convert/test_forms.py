@@ -115,7 +115,7 @@ def test_values_are_stored_narrow_only_where_that_loses_little_enough():
 
 
 @pytest.mark.parametrize("followed", [False, True])
-def test_an_embedding_is_said_in_whole_rows(followed):
+def test_an_embedding_is_said_in_whole_rows_or_entries(followed):
     matrix = torch.zeros(50, 8)
     matrix[[3, 9]] = noise(2, 8)
     matrix[20] = 1e-3 * noise(8)
@@ -124,6 +124,10 @@ def test_an_embedding_is_said_in_whole_rows(followed):
     assert torch.equal(written(exact, matrix.shape), matrix)
     loose = smallest_of_embedding(Change(matrix, FP32, 1e-2 * square(matrix)), "auto", followed)
     assert set((loose.tensors["index"] // 8).tolist()) == {3, 9}
+    scattered = torch.zeros(50, 8)
+    scattered[:, 3] = noise(50)
+    few = smallest_of_embedding(Change(scattered, FP32, 0.0), "auto", followed)
+    assert (few.form, few.nbytes) == ("sparse", (1 + followed) * 50 * 8)
     dense = smallest_of_embedding(Change(noise(50, 8), FP32, 0.0), "auto", followed)
     assert (dense.form, dense.nbytes) == ("dense", 50 * 36 + followed * 50 * 32)
 
