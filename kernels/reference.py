@@ -2,9 +2,13 @@
 
 The signatures are those of ``dispatch.Kernels``, with the segments and the arena in place of ``rows``; results are
 returned in fp64 and nothing is changed in place.
+
+What follows ``norm`` are the formulas of records (``extras``), for the rows of one segment. They compute in the dtype
+of what they are handed: in fp64 they are oracles, in another dtype they are what a user of torch would write.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -79,6 +83,88 @@ def norm(x: Tensor, module: Norm, weight: Tensor | None, bias: Tensor | None) ->
     wide = wide * (module.offset + (module.weight if weight is None else weight).double())
     shift = module.bias if bias is None else bias
     return wide if shift is None else wide + shift.double()
+
+
+def columns(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """x [tokens, in] times the transposed matrix [out, in] whose columns ``index`` are weight [k, out]."""
+    return x[:, index.long()] @ weight
+
+
+def dense(x: Tensor, delta: Tensor) -> Tensor:
+    """x [tokens, in] times the transposed delta [out, in]."""
+    return x @ delta.T
+
+
+def gate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Gates [k] of x [tokens, d]: the mean over its tokens of sigmoid(x weight^T + bias), weight [k, d], bias [k]."""
+    raised = x @ weight.T
+    return torch.sigmoid(raised if bias is None else raised + bias).mean(dim=0)
+
+
+def gated(x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """gate(x) (x A^T) B: A [rank, in], B [rank, out]; one gate for all outputs."""
+    return gate(x, weight, bias) * (x @ a.T @ b)
+
+
+def shared(x: Tensor, inner: Tensor, outer: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """outer ((inner (x A^T)) B): inner [rank], outer [out]; A [rank, >= in] and B [rank, >= out] reach further."""
+    return outer * ((inner * (x @ a[:, : x.shape[1]].T)) @ b[:, : len(outer)])
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """What ``bottleneck`` computes: up(act(down(norm(u)) + down_bias)) + up_bias, gated, plus skip u.
+
+    down, up:  matrices [r, d] and [d, r], written out; without ``up``, down [d, d] is all there is
+    norm:      weight, bias and epsilon of a layer norm of u
+    gate:      weight [1, d] and bias [1], of u before its norm
+    """
+
+    down: Tensor
+    up: Tensor | None
+    act: int
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    norm: tuple[Tensor, Tensor, float] | None = None
+    gate: tuple[Tensor, Tensor | None] | None = None
+    skip: Tensor | None = None
+
+
+def bottleneck(u: Tensor, of: Bottleneck) -> Tensor:
+    """What a bottleneck adds to a sublayer's output [tokens, d], from its tap u [tokens, d]."""
+    made = u
+    if of.norm is not None:
+        weight, bias, eps = of.norm
+        centred = u - u.mean(dim=-1, keepdim=True)
+        made = centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight + bias
+    made = made @ of.down.T
+    made = made if of.down_bias is None else made + of.down_bias
+    if of.up is not None:
+        made = activate(made, of.act) @ of.up.T
+        made = made if of.up_bias is None else made + of.up_bias
+    made = made if of.skip is None else made + of.skip * u
+    return made if of.gate is None else gate(u, *of.gate) * made
+
+
+def prefix(keys: Tensor, gates: Tensor | None, per_token: bool, first: bool) -> Tensor:
+    """Keys, or values, [heads, p, size] of a prefix times its gates [k].
+
+    per_token:  one gate for each of p; else the ``first`` one is the keys', the last one the values'
+    """
+    if gates is None:
+        return keys
+    return keys * (gates[None, :, None] if per_token else gates[0 if first else -1])
+
+
+def embed_rows(out: Tensor, ids: Tensor, listed: Tensor, rows: Tensor) -> Tensor:
+    """Embeddings [tokens, d] of ids [tokens], with rows [n, d] in the place of those of ``listed`` [n]."""
+    own = dict(zip(listed.tolist(), rows, strict=True))
+    return torch.stack([own.get(id, frozen) for id, frozen in zip(ids.tolist(), out, strict=True)])
+
+
+def embed_pair(out: Tensor, ids: Tensor, a: Tensor, b: Tensor, outer: Tensor | None) -> Tensor:
+    """outer out + a[id] b for embeddings out [tokens, d]: a [vocabulary, rank], b [rank, d], outer [d]."""
+    return (out if outer is None else outer * out) + a[ids] @ b
 
 
 def _adapted(
