@@ -87,6 +87,7 @@ class Rows:
         self.records: dict[tuple[Kind, int], list[tuple[Segment, Record]]] = {}
         # the same with their pieces, from the first use on
         self.carried: dict[tuple[Kind, int], list[Carried]] = {}
+        self.by_start: dict[tuple[Kind, int], dict[int, Carried]] = {}
         for segment in self.segments:
             assert segment.block is not None
             for record in segment.block.directory.records:

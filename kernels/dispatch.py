@@ -174,10 +174,25 @@ class Kernels(ABC):
 
         x:  [tokens, d], the attention's input, for prefixes with a gate
         """
-        for carried in self.carried(rows, Kind.PREFIX, layer):
-            if carried.segment.start == start:
-                return parts.prefix(carried, heads, None if x is None else x[carried.rows])
-        return None
+        carried = self._at(rows, Kind.PREFIX, layer).get(start)
+        return None if carried is None else parts.prefix(carried, heads, None if x is None else x[carried.rows])
+
+    def prefixes(
+        self, rows: Rows, starts: Sequence[int], layer: int, heads: int, x: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The same for single rows whose adapters' prefixes are alike: [heads, rows, p, size], or None."""
+        known = self._at(rows, Kind.PREFIX, layer)
+        carried = [known[start] for start in starts if start in known]
+        assert len(carried) in (0, len(starts)), "rows with prefixes alike have them in the same layers"
+        return parts.prefixes(carried, heads, x) if carried else None
+
+    def _at(self, rows: Rows, kind: Kind, place: int) -> dict[int, Carried]:
+        """The records of this kind at this place by the first row that they are for."""
+        known = rows.by_start.get((kind, place))
+        if known is None:
+            known = {each.segment.start: each for each in self.carried(rows, kind, place)}
+            rows.by_start[kind, place] = known
+        return known
 
     def embed(self, out: Tensor, ids: Tensor, rows: Rows, soft: Sequence[SoftSpan]) -> None:
         """The adapters' part in the input embedding, in place: out [tokens, d] for token ids [tokens].

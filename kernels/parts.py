@@ -186,6 +186,36 @@ def prefix(carried: Carried, heads: int, x: Tensor | None) -> tuple[Tensor, Tens
     return (keys.float() * for_keys).to(keys.dtype), (values.float() * for_values).to(values.dtype)
 
 
+def prefixes(carried: Sequence[Carried], heads: int, x: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same [heads, n, p, size] for n single rows of x [tokens, d] whose prefixes have the same options."""
+    count, _, per_token, _ = carried[0].record.options
+    keys, values = (_stacked(carried, piece).view(len(carried), heads, count, -1).transpose(0, 1) for piece in (0, 1))
+    if carried[0].pieces[2] is None:
+        return keys, values
+    assert x is not None, "the hook of the attention keeps its input for gates"
+    gate = _stacked(carried, 2).float()
+    scores = rowwise(x[[each.segment.start for each in carried]], gate)
+    if carried[0].pieces[3] is not None:
+        scores = scores + _stacked(carried, 3).flatten(1)
+    g = torch.sigmoid(scores)
+    for_keys, for_values = (g[:, :, None],) * 2 if per_token else (g[:, :1, None], g[:, -1:, None])
+    return (keys.float() * for_keys).to(keys.dtype), (values.float() * for_values).to(values.dtype)
+
+
+def rowwise(x: Tensor, weights: Tensor) -> Tensor:
+    """x [n, in] times a matrix of each row's own, weights [n, out, in]: [n, out] in fp32.
+
+    Sums along the last dimension, each in an order that depends on its length alone; a batched matmul's does not.
+    """
+    return (x.float()[:, None] * weights.float()).sum(dim=-1)
+
+
+def _stacked(carried: Sequence[Carried], piece: int) -> Tensor:
+    found = [tensor for each in carried if (tensor := each.pieces[piece]) is not None]
+    assert len(found) == len(carried)
+    return torch.stack(found)
+
+
 def embed_rows(out: Tensor, ids: Tensor, carried: Carried) -> None:
     """Rows of out [rows, d] whose id has a row of its own become that row."""
     listed, rows = carried.pieces

@@ -16,6 +16,9 @@ from weft.server.backbone.step import DecodeSpan, PrefillSpan, Step, active
 
 NAME = "weft"
 
+# keys and values of prefixes
+Before = tuple[Tensor, Tensor] | None
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -53,94 +56,83 @@ def paged_attention(
     form = Form(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     rows = query[0].transpose(0, 1)
     if step.decode and step.decode[0].rows is None:
-        return _decode(rows, keys, values, step.decode[0], form)[None], None
+        same = step.decode[0]
+        return _decode(rows, keys, values, same, form, _prefixes(step, same, layer, keys.shape[0]))[None], None
     out = rows.new_empty(rows.shape[0], rows.shape[1], values.shape[-1])
     for same in step.decode:
         assert same.rows is not None
-        out.index_copy_(0, same.rows, _decode(rows.index_select(0, same.rows), keys, values, same, form))
+        before = _prefixes(step, same, layer, keys.shape[0])
+        out.index_copy_(0, same.rows, _decode(rows.index_select(0, same.rows), keys, values, same, form, before))
     for span in step.prefill:
         before = _prefix(step, span, layer, keys.shape[0]) if span.prefixed else None
         out[span.start : span.stop] = _prefill(rows[span.start : span.stop], keys, values, span, form, before)
     return out[None], None
 
 
-def _prefix(step: Step, span: PrefillSpan, layer: int, heads: int) -> tuple[Tensor, Tensor] | None:
+def _prefix(step: Step, span: PrefillSpan, layer: int, heads: int) -> Before:
     """Keys and values [kv heads, p, size] of the sequence's adapter at this layer, or None."""
     assert step.kernels is not None
     assert step.rows is not None
     return step.kernels.prefix(step.rows, span.start, layer, heads, step.attention_inputs.get(layer))
 
 
-def _decode(rows: Tensor, keys: Tensor, values: Tensor, span: DecodeSpan, form: Form) -> Tensor:
+def _prefixes(step: Step, span: DecodeSpan, layer: int, heads: int) -> Before:
+    """Keys and values [kv heads, sequences, p, size] of the sequences' adapters at this layer, or None."""
+    if not span.prefixed:
+        return None
+    assert step.kernels is not None
+    assert step.rows is not None
+    return step.kernels.prefixes(step.rows, span.prefixed, layer, heads, step.attention_inputs.get(layer))
+
+
+def _decode(rows: Tensor, keys: Tensor, values: Tensor, span: DecodeSpan, form: Form, before: Before) -> Tensor:
     """One query row per sequence: [sequences, heads, key size] → [sequences, heads, value size]."""
     count, heads, size = rows.shape
     kv_heads = keys.shape[0]
     # [kv heads, sequences, context, size]: gathered so that no product needs a copy
     k = keys.index_select(1, span.slots).view(kv_heads, count, span.context, -1)
     v = values.index_select(1, span.slots).view(kv_heads, count, span.context, -1)
-    hidden = span.hidden
-    if form.window is not None and span.context > form.window:
-        hidden = hidden | span.before_window(form.window)
+    k, v = _behind(before, k, v)
     # [kv heads, sequences, heads per kv head, size]
     q = rows.reshape(count, kv_heads, heads // kv_heads, size).transpose(0, 1)
-    weights = _softmax(torch.matmul(q, k.transpose(2, 3)), hidden[:, None], form)
+    mask = span.mask(form.window, k.shape[2] - span.context)[:, None]
+    weights = _softmax(torch.matmul(q, k.transpose(2, 3)), mask, form)
     return torch.matmul(weights.to(v.dtype), v).transpose(0, 1).reshape(count, heads, -1)
 
 
-def _prefill(
-    rows: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    span: PrefillSpan,
-    form: Form,
-    before: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+def _prefill(rows: Tensor, keys: Tensor, values: Tensor, span: PrefillSpan, form: Form, before: Before) -> Tensor:
     """The query rows of one sequence: [rows, heads, key size] → [rows, heads, value size]."""
     count, heads, _ = rows.shape
-    # [1, heads, rows or context, size]
-    k = keys.index_select(1, span.slots)[None]
-    v = values.index_select(1, span.slots)[None]
-    q = rows.transpose(0, 1)[None]
-    always = 0
-    if before is not None:
-        k, v = (torch.cat([b[None].to(t.dtype), t], dim=2) for b, t in zip(before, (k, v), strict=True))
-        # a prefix without positions is in every window
-        always = 0 if span.shifted else before[0].shape[1]
-    context = k.shape[2]
-    whole = count == context and (form.window is None or context <= form.window)
-    hidden = None if whole and form.softcap is None else _hidden(count, context, form.window, rows.device, always)
-    kv_heads = k.shape[1]
+    # [heads, rows or context, size]
+    k, v = _behind(before, keys.index_select(1, span.slots), values.index_select(1, span.slots))
+    q = rows.transpose(0, 1)
+    kv_heads, context, _ = k.shape
     if form.softcap is None:
-        mask = None if hidden is None else ~hidden
+        whole = count == context and (form.window is None or context <= form.window)
+        mask = None if whole else ~span.mask(form.window, context - len(span.slots))
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=form.scale, enable_gqa=heads != kv_heads
+            q[None], k[None], v[None], mask, is_causal=whole, scale=form.scale, enable_gqa=heads != kv_heads
         )
         return out[0].transpose(0, 1)
-    assert hidden is not None
-    grouped = q[0].reshape(kv_heads, heads // kv_heads, count, -1)
-    weights = _softmax(torch.matmul(grouped, k[0, :, None].transpose(2, 3)), hidden, form)
-    return torch.matmul(weights.to(v.dtype), v[0, :, None]).reshape(heads, count, -1).transpose(0, 1)
+    grouped = q.reshape(kv_heads, heads // kv_heads, count, -1)
+    mask = span.mask(form.window, context - len(span.slots))
+    weights = _softmax(torch.matmul(grouped, k[:, None].transpose(2, 3)), mask, form)
+    return torch.matmul(weights.to(v.dtype), v[:, None]).reshape(heads, count, -1).transpose(0, 1)
 
 
-def _hidden(count: int, context: int, window: int | None, device: torch.device, always: int = 0) -> Tensor:
-    """[count, context] bool: what the last ``count`` positions of a context must not see.
-
-    always:  positions at its beginning that every window reaches
-    """
-    position = torch.arange(context, device=device)
-    own = position[context - count :, None]
-    hidden = position > own
-    if window is not None:
-        hidden |= (position <= own - window) & (position >= always)
-    return hidden
+def _behind(before: Before, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [.., context, size] behind those of a prefix."""
+    if before is None:
+        return k, v
+    return torch.cat([before[0].to(k.dtype), k], dim=-2), torch.cat([before[1].to(v.dtype), v], dim=-2)
 
 
-def _softmax(scores: Tensor, hidden: Tensor, form: Form) -> Tensor:
-    """Attention weights in fp32; ``hidden`` broadcasts over [..., context]."""
+def _softmax(scores: Tensor, mask: Tensor, form: Form) -> Tensor:
+    """Attention weights in fp32; ``mask``, true where nothing may be seen, broadcasts over [..., context]."""
     scores = scores.float() * form.scale
     if form.softcap is not None:
         scores = torch.tanh(scores / form.softcap) * form.softcap
-    return torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+    return torch.softmax(scores.masked_fill(mask, float("-inf")), dim=-1)
 
 
 def register() -> None:

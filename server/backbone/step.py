@@ -10,13 +10,14 @@ from copy import copy
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from weft.kernels.batch import Rows, SoftSpan
 from weft.kernels.dispatch import Kernels
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class PrefillSpan:
     """Tokens of one sequence that attend causally to each other, to what is cached, and to its adapter's prefix.
 
@@ -31,32 +32,61 @@ class PrefillSpan:
     slots: Tensor
     prefixed: bool = False
     shifted: bool = False
+    _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None, before: int) -> Tensor:
+        """[rows, before + context] bool: what these rows must not see, of ``before`` places of a prefix and the rest.
+
+        window:  positions that a row reaches back; a prefix without positions is in every window
+        """
+        known = self._masks.get((window, before))
+        if known is None:
+            count, context = self.stop - self.start, before + len(self.slots)
+            position = torch.arange(context, device=self.slots.device)
+            own = position[context - count :, None]
+            known = position > own
+            if window is not None:
+                known |= (position <= own - window) & (position >= (0 if self.shifted else before))
+            self._masks[window, before] = known
+        return known
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class DecodeSpan:
-    """One token of each of several sequences.
+    """One token of each of several sequences, whose adapters' prefixes, if they have any, are of like lengths.
 
     rows:     [sequences] int64, rows of the batch, or None when they are all its rows in order
     slots:    [sequences * context] int64, KV slots padded with the scratch slot to one context for all
     lengths:  [sequences] int64, context length of each sequence
-    hidden:   [sequences, context] bool, where the padding is
+    padding:  [sequences, context] bool, where the padding is
+    prefixed: the rows again, on the host, if their adapters have prefixes
+    shifted:  whether those count as so many positions of their sequences
     """
 
     rows: Tensor | None
     slots: Tensor
     lengths: Tensor
-    hidden: Tensor
+    padding: Tensor
+    prefixed: tuple[int, ...] = ()
+    shifted: bool = False
+    _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
     @property
     def context(self) -> int:
         """Tokens that every sequence is padded to."""
-        return self.hidden.shape[1]
+        return self.padding.shape[1]
 
-    def before_window(self, window: int) -> Tensor:
-        """[sequences, context] bool, positions that a window of this many tokens does not reach."""
-        position = torch.arange(self.context, device=self.lengths.device)
-        return position < self.lengths[:, None] - window
+    def mask(self, window: int | None, before: int) -> Tensor:
+        """[sequences, before + context] bool: what a token must not see (``PrefillSpan.mask``)."""
+        known = self._masks.get((window, before))
+        if known is None:
+            known = F.pad(self.padding, (before, 0))
+            if window is not None and before + self.context > window:
+                position = torch.arange(-before, self.context, device=self.lengths.device)
+                first = -before if self.shifted else 0
+                known = known | ((position < self.lengths[:, None] - window) & (position >= first))
+            self._masks[window, before] = known
+        return known
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -17,6 +17,10 @@ from weft.server.engine.scheduler import Batch, Item
 # steady decoding needs one entry for the body and one for the head; prompts passing through need a few more
 ROWS_KEPT = 8
 
+# a prefix's records as (layer, options, shapes); with the context that sequences are padded to, which attend together
+Prefixes = tuple[tuple[int, tuple[int, ...], tuple[tuple[int, int] | None, ...]], ...]
+Alike = tuple[int, Prefixes]
+
 
 def padded_context(tokens: int) -> int:
     """The context that a sequence of this many tokens is padded to: at most a quarter more, or 64 in all.
@@ -36,7 +40,7 @@ class Runner:
         self._kv = kv
         self._page_tokens = page_tokens
         self._rows: OrderedDict[tuple[tuple[int, int, int, int, tuple[int, ...]], ...], Rows] = OrderedDict()
-        self._tables: tuple[dict[int, list[Request]], list[Tensor]] = ({}, [])
+        self._tables: tuple[dict[Alike, list[Request]], list[Tensor]] = ({}, [])
 
     def run(self, batch: Batch) -> list[int | None]:
         """One token per sampling item, in the batch's order; None where the logits were not finite."""
@@ -85,28 +89,30 @@ class Runner:
 
     def _decode_spans(self, batch: Batch, starts: list[int]) -> tuple[DecodeSpan, ...]:
         """Single tokens, by the context that their sequences are padded to: a long one costs no short one."""
-        like: dict[int, list[tuple[Item, int]]] = {}
+        alike: dict[Alike, list[tuple[Item, int]]] = {}
         for item, start in zip(batch.items, starts, strict=True):
-            if item.count == 1 and not _prefixed(item):
-                like.setdefault(padded_context(item.start + 1), []).append((item, start))
-        tables = self._slot_tables({context: [item.request for item, _ in same] for context, same in like.items()})
+            if item.count == 1:
+                alike.setdefault((padded_context(item.start + 1), _prefixes(item)), []).append((item, start))
+        tables = self._slot_tables({key: [item.request for item, _ in same] for key, same in alike.items()})
         spans = []
-        for (context, same), table in zip(like.items(), tables, strict=True):
+        for ((context, prefixes), same), table in zip(alike.items(), tables, strict=True):
             lengths = self._tensor([item.start + 1 for item, _ in same])
-            hidden = torch.arange(context, device=table.device) >= lengths[:, None]
+            padding = torch.arange(context, device=table.device) >= lengths[:, None]
             rows = None if len(same) == batch.tokens else self._tensor([start for _, start in same])
-            spans.append(DecodeSpan(rows, table.masked_fill(hidden, 0).flatten(), lengths, hidden))
+            prefixed = tuple(start for _, start in same) if prefixes else ()
+            shifted = same[0][0].request.traits.position_offset > 0
+            slots = table.masked_fill(padding, 0).flatten()
+            spans.append(DecodeSpan(rows, slots, lengths, padding, prefixed, shifted))
         return tuple(spans)
 
     def _prefill_spans(self, batch: Batch, starts: list[int]) -> tuple[PrefillSpan, ...]:
         spans = []
         for item, start in zip(batch.items, starts, strict=True):
-            prefixed = _prefixed(item)
-            if item.count > 1 or prefixed:
+            if item.count > 1:
                 assert item.request.slots is not None
                 known = item.request.slots[: item.start + item.count].to(self._backbone.device)
                 shifted = item.request.traits.position_offset > 0
-                spans.append(PrefillSpan(start, start + item.count, known, prefixed, shifted))
+                spans.append(PrefillSpan(start, start + item.count, known, bool(_prefixes(item)), shifted))
         return tuple(spans)
 
     def _side_spans(self, batch: Batch, starts: list[int]) -> tuple[SideSpan, ...]:
@@ -122,18 +128,18 @@ class Runner:
                 spans.append(SideSpan(start, start + item.count, slots.to(self._backbone.device), first))
         return tuple(spans)
 
-    def _slot_tables(self, like: dict[int, list[Request]]) -> list[Tensor]:
-        """Per padded context, [requests, context] KV slots; kept while the same requests stand together."""
-        if self._tables[0] != like:
+    def _slot_tables(self, alike: dict[Alike, list[Request]]) -> list[Tensor]:
+        """Per kind of sequence, [requests, context] KV slots; kept while the same requests stand together."""
+        if self._tables[0] != alike:
             tables = []
-            for context, requests in like.items():
+            for (context, _), requests in alike.items():
                 table = torch.zeros(len(requests), context, dtype=torch.int64)
                 for row, request in zip(table, requests, strict=True):
                     assert request.slots is not None
                     known = request.slots[:context]
                     row[: known.numel()] = known
                 tables.append(table.to(self._backbone.device))
-            self._tables = (like, tables)
+            self._tables = (alike, tables)
         return self._tables[1]
 
     def _adapter_rows(self, parts: list[tuple[Item, int, int]]) -> Rows | None:
@@ -175,9 +181,12 @@ class Runner:
         return torch.tensor(values, dtype=torch.int64).to(self._backbone.device, non_blocking=True)
 
 
-def _prefixed(item: Item) -> bool:
-    """Whether the item's adapter brings keys and values of its own."""
-    return item.block is not None and Kind.PREFIX in item.block.directory.kinds
+def _prefixes(item: Item) -> Prefixes:
+    """By layer, the form of the keys and values that the item's adapter brings, if its first token has them."""
+    if item.block is None or item.request.acts_from > item.start or Kind.PREFIX not in item.block.directory.kinds:
+        return ()
+    records = (record for record in item.block.directory.records if record.kind is Kind.PREFIX)
+    return tuple((r.place, r.options, tuple(p and (p.rows, p.columns) for p in r.pieces)) for r in records)
 
 
 def _soft_spans(batch: Batch, starts: list[int]) -> tuple[SoftSpan, ...]:
