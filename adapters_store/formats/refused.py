@@ -1,4 +1,8 @@
-"""Methods of PEFT that are refused, each with its own reason. Imports no torch."""
+"""Methods of PEFT that are refused, each with its own reason. Imports no torch.
+
+What a file leaves out is no reason by itself: what PEFT draws from a seed is drawn again (``drawn``). What it takes
+from a decomposition or a clustering of the weights is not: signs, order and clusters are the library's to choose.
+"""
 
 from collections.abc import Mapping
 
