@@ -162,6 +162,15 @@ def embed_rows(out: Tensor, ids: Tensor, listed: Tensor, rows: Tensor) -> Tensor
     return torch.stack([own.get(id, frozen) for id, frozen in zip(ids.tolist(), out, strict=True)])
 
 
+def embed_entries(out: Tensor, ids: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Embeddings out [tokens, d] of ids [tokens] plus those of a table that is ``values`` at its flat ``index``."""
+    wide = out.shape[1]
+    added = torch.zeros_like(out)
+    for place, value in zip(index.tolist(), values, strict=True):
+        added[ids == place // wide, place % wide] = value
+    return out + added
+
+
 def embed_pair(out: Tensor, ids: Tensor, a: Tensor, b: Tensor, outer: Tensor | None) -> Tensor:
     """outer out + a[id] b for embeddings out [tokens, d]: a [vocabulary, rank], b [rank, d], outer [d]."""
     return (out if outer is None else outer * out) + a[ids] @ b

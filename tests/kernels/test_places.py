@@ -173,21 +173,26 @@ def test_a_row_passes_its_bottleneck_alike_in_any_company(
 HEADS, COUNT = 2, 5
 
 
-def prefix(of: Noise, gates: int, per_token: bool, biased: bool) -> Extra:
+# what a gate may read of a call's rows: the mean over all, the first, the last
+READS = (slice(None), slice(0, 1), slice(-1, None))
+
+
+def prefix(of: Noise, gates: int, biased: bool, reads: int) -> Extra:
     tables = of.factor(HEADS * COUNT, 8), of.factor(HEADS * COUNT, 6)
-    gate = of.vector(gates, WIDE) - 1 if gates else None
+    per_token = gates == COUNT
+    gate = (of.factor if per_token else of.vector)(gates, WIDE) - 1 if gates else None
     bias = of.vector(gates) if gates and biased else None
-    return Extra(Kind.PREFIX, 1, (*tables, gate, bias), (COUNT, 0, int(per_token)))
+    return Extra(Kind.PREFIX, 1, (*tables, gate, bias), (COUNT, 0, int(per_token), reads))
 
 
 @pytest.mark.parametrize(
-    ("gates", "per_token", "biased"),
-    [(0, False, False), (1, False, True), (2, False, False), (2, False, True), (COUNT, True, True)],
+    ("gates", "biased", "reads"),
+    [(0, False, 0), (1, True, 0), (2, False, 0), (2, True, 0), (COUNT, True, 0), (COUNT, False, 1), (COUNT, True, 2)],
 )
 def test_prefixes_match_the_oracle(
-    implementation: Implementation, dtype: torch.dtype, gates: int, per_token: bool, biased: bool
+    implementation: Implementation, dtype: torch.dtype, gates: int, biased: bool, reads: int
 ) -> None:
-    extras = [prefix(noise(dtype, seed), gates, per_token, biased) for seed in (1, 2)]
+    extras = [prefix(noise(dtype, seed), gates, biased, reads) for seed in (1, 2)]
     arena = loaded(dtype, implementation.device, *extras)
     segments, kernels = arena.segments(MIX), implementation.load(arena)
     x = numbers(segments[-1].stop, dtype, implementation.device, 4)
@@ -204,11 +209,11 @@ def test_prefixes_match_the_oracle(
             assert table is not None
             results = []
             for to in (torch.float64, dtype):
-                own = x[segment.start : segment.stop].to(to)
+                own = x[segment.start : segment.stop][READS[reads]].to(to)
                 value = (
                     None if gate is None else reference.gate(own, gate.to(to), None if bias is None else bias.to(to))
                 )
-                results.append(reference.prefix(table.to(to).view(HEADS, COUNT, -1), value, per_token, first))
+                results.append(reference.prefix(table.to(to).view(HEADS, COUNT, -1), value, gates == COUNT, first))
             assert_no_worse_than_torch(got, results[1], results[0])
 
 
@@ -242,6 +247,26 @@ def test_rows_of_embeddings_are_the_adapters(implementation: Implementation, dty
         own, key = slice(segment.start, segment.stop), None if segment.block is None else segment.block.key
         want = frozen[own] if key is None else reference.embed_rows(frozen[own], ids[own], listed[key], tables[key])
         assert torch.equal(got[own], want)
+    assert not torch.equal(got, frozen)
+
+
+def test_entries_of_embeddings_match_the_oracle(implementation: Implementation, dtype: torch.dtype) -> None:
+    # of the first and the last row, of neighbours, of a row that no id names
+    places = torch.tensor([0, 5, 7 * WIDE, 8 * WIDE - 1, 8 * WIDE, 20 * WIDE + 3, VOCABULARY * WIDE - 1])
+    pieces = [(i.int()[None], noise(dtype, s).factor(1, len(i))) for s, i in enumerate((places, places[2:3]))]
+    arena = loaded(dtype, implementation.device, *(Extra(Kind.EMBED_ENTRIES, 0, each) for each in pieces))
+    segments = arena.segments(MIX)
+    ids, frozen, got = embedded(implementation, arena, segments)
+    want, plain = frozen.double(), frozen.clone()
+    for segment in segments:
+        own = slice(segment.start, segment.stop)
+        if segment.block is None:
+            assert torch.equal(got[own], frozen[own])
+            continue
+        index, values = pieces[segment.block.key]
+        for out in (want, plain):
+            out[own] = reference.embed_entries(out[own], ids[own], index[0], values[0].to(out))
+    assert_no_worse_than_torch(got, plain, want)
     assert not torch.equal(got, frozen)
 
 
