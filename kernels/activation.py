@@ -9,7 +9,11 @@ from torch import Tensor
 # a block holds the place of a name in this list; never reorder it without a new block format
 NAMES = ("identity", "relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "leaky_relu")
 
-IDENTITY = 0
+IDENTITY, SIGMOID = 0, NAMES.index("sigmoid")
+# functions without rounding of their own
+EXACT = frozenset({"identity", "relu"})
+# elements that fill vectors of any CPU, in any dtype; elements from which torch shares a tensor out
+LANES, GRAIN = 64, 32768
 
 _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -26,3 +30,16 @@ _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 def activate(x: Tensor, code: int) -> Tensor:
     """The function with this number, elementwise, in x's dtype."""
     return _FUNCTIONS[NAMES[code]](x)
+
+
+def activate_rows(x: Tensor, code: int) -> Tensor:
+    """The function on x [n, d], a row's bits being the same wherever it stands.
+
+    A CPU computes what fills no vector by other code, which rounds otherwise; where threads share a tensor out, that
+    may be in the middle. So rows are padded to whole vectors, and never so many that they are shared out.
+    """
+    if NAMES[code] in EXACT:
+        return activate(x, code)
+    padded = F.pad(x, (0, -x.shape[1] % LANES)).contiguous()
+    rows = max(1, (GRAIN - 1) // padded.shape[1])
+    return torch.cat([activate(part, code) for part in padded.split(rows)])[:, : x.shape[1]]

@@ -277,6 +277,12 @@ class Chosen:
         if self._index is not None:
             table.index_copy_(0, self._index, rows)
 
+    def add(self, table: Tensor, gained: Tensor) -> None:
+        """Add fp32 to these rows, rounded once."""
+        part = self.take(table)
+        part.copy_(part.float() + gained)
+        self.give(table, part)
+
 
 class Plan:
     """A pattern at its places, over given rows of a batch: everything that ``run`` reads.

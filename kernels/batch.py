@@ -11,6 +11,7 @@ from weft.kernels.extras import DELTAS, Kind, Record
 from weft.kernels.layout import BETA_OFF, KRON_COUNT, RANK, SIGMA_IN_OFF, SIGMA_OFF, Directory, Geometry
 
 if TYPE_CHECKING:
+    from weft.kernels.alike import Alike
     from weft.kernels.banked import Banked
     from weft.kernels.parts import Carried
 
@@ -98,6 +99,8 @@ class Rows:
             if kind in DELTAS:
                 self.touched[geometry.group_of[place]] = True
                 self.deltas.setdefault(geometry.group_of[place], []).append((place, kind))
+        # single rows whose records have one form, and what is left, from the first use on
+        self.alike: dict[tuple[Kind, int], tuple[list[Alike], list[Carried]]] = {}
         # what the kernels make of banks, by site, from the first use on
         self.banked: dict[int, list[Banked]] = {}
 

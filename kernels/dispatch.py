@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weft.kernels import parts
+from weft.kernels import alike, parts
+from weft.kernels.alike import Alike, Stacks
 from weft.kernels.bags import Chosen
 from weft.kernels.banked import Banked, Hiddens, banked
 from weft.kernels.batch import BatchError, Block, Rows, Segment, SoftSpan
 from weft.kernels.extras import Kind, Record
+from weft.kernels.kept import Kept
 from weft.kernels.layout import ACT, ALIGN, FACTOR_DTYPES, RANK, TAP_SHIFT, Geometry, Views
 from weft.kernels.norms import Norm, normed
 from weft.kernels.parts import Carried, Pieces
@@ -43,6 +45,8 @@ class Kernels(ABC):
         self._views = Views(arena, geometry.dtype)
         # views of what blocks' records hold, by the block's key; no two records of a block lie in one place
         self._pieces: dict[int, dict[Record, Pieces]] = {}
+        # nothing is kept beside the arena but where a device gains by it
+        self._kept = Kept(0)
         # the first column of each site among the outputs of its group
         self._lefts = [left for members in geometry.members for left in _starts(geometry, members)]
         self._hidden_group = len(geometry.groups) - geometry.hidden
@@ -73,6 +77,11 @@ class Kernels(ABC):
             if kind is Kind.SHARED:
                 for each in self._banked(rows, site):
                     each.add(part, x, hiddens)
+            elif kind is Kind.GATED:
+                together, apart = self._alike(rows, kind, site)
+                for rowset in together:
+                    rowset.rows.add(part, alike.gated(x, rowset, self._stacks_of(rowset)))
+                self._add_deltas(part, x, site, apart)
             else:
                 self._add_deltas(part, x, site, self.carried(rows, kind, site))
 
@@ -149,12 +158,25 @@ class Kernels(ABC):
         group = self._hidden_group + place
         if rows.touched[group]:
             self.apply(h, self._tapped(h, x_res, ln_x, rows, group), rows, group)
-        for carried in self.carried(rows, Kind.BOTTLENECK, place):
-            own = carried.rows
-            taken = before[own], None if x_res is None else x_res[own], None if ln_x is None else ln_x[own]
-            # both kinds at one place add up, each to what the sublayer made
-            gained = parts.bottleneck(*taken, carried) - before[own].float()
-            h[own] = (h[own].float() + gained).to(h.dtype)
+        # both kinds at one place add up, each to what the sublayer made
+        if self.has(rows, Kind.BOTTLENECK, place):
+            together, apart = self._alike(rows, Kind.BOTTLENECK, place)
+            for each in together:
+                each.rows.add(h, alike.bottleneck(before, x_res, ln_x, each, self._stacks_of(each)))
+            for carried in apart:
+                own = carried.rows
+                taken = before[own], None if x_res is None else x_res[own], None if ln_x is None else ln_x[own]
+                h[own] = (h[own].float() + parts.bottleneck(*taken, carried)).to(h.dtype)
+
+    def _alike(self, rows: Rows, kind: Kind, place: int) -> tuple[list[Alike], list[Carried]]:
+        """Single rows by the form of their records, and the segments that are left."""
+        known = rows.alike.get((kind, place))
+        if known is None:
+            known = rows.alike[kind, place] = alike.split(self.carried(rows, kind, place), self.arena.device)
+        return known
+
+    def _stacks_of(self, together: Alike) -> Stacks:
+        return self._kept.get(together.key, together.blocks, together.stacks)
 
     def _tapped(self, h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, rows: Rows, group: int) -> Tensor:
         """Each row's tap, as one tensor that shares nothing with h."""
@@ -234,6 +256,7 @@ class Kernels(ABC):
     def forget(self, key: int) -> None:
         """The block that was loaded under this key is gone; nothing of it may be kept."""
         self._pieces.pop(key, None)
+        self._kept.forget(key)
 
     def _check(self, y: Tensor | None, x: Tensor, rows: Rows, group: int) -> None:
         tall, wide = self._widths[group]

@@ -5,7 +5,6 @@ begins. For the rows of a batch that decode together both are worked out once pe
 long as the same adapters stand together. A row's sum has its own entries in their own order, whoever stands beside it.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from weft.kernels.bags import Chosen, bag
+from weft.kernels.extras import Kind
+from weft.kernels.kept import Kept
 from weft.kernels.parts import Carried
-
-Key = tuple[int, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,50 +36,20 @@ class Entries:
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.index, self.starts, self.values))
 
 
-class Joined:
-    """Entries by site and rows, least recently used first; never more than ``bytes_max``."""
-
-    def __init__(self, bytes_max: int) -> None:
-        self._bytes_max = bytes_max
-        self._kept: OrderedDict[Key, Entries] = OrderedDict()
-        self.nbytes = 0
-
-    def add(self, y: Tensor, x: Tensor, site: int, carried: Sequence[Carried]) -> list[Carried]:
-        """Add to y [tokens, out] in place what single rows gain; the segments that are left to others.
-
-        x:  [tokens, in]
-        """
-        # a row's first record; those beyond it, which one sum per row cannot hold, are added like long segments'
-        first = {each.segment.start: each for each in reversed(carried) if each.span[1] - each.span[0] == 1}
-        single = list(reversed(first.values()))
-        if not single:
-            return list(carried)
-        entries = self._of(site, single, x.shape[1], y.shape[1])
-        table = entries.rows.take(x).float().reshape(-1, 1)
-        gained = bag(table, entries.index, entries.starts, entries.values).view(len(single), -1)
-        part = entries.rows.take(y)
-        part.copy_(part.float() + gained)
-        entries.rows.give(y, part)
-        return [each for each in carried if first.get(each.segment.start) is not each]
-
-    def forget(self, key: int) -> None:
-        """Drop what was made of the block with this key."""
-        for known in [known for known in self._kept if any(block == key for block, _ in known[1])]:
-            self.nbytes -= self._kept.pop(known).nbytes
-
-    def _of(self, site: int, single: Sequence[Carried], wide: int, tall: int) -> Entries:
-        key = site, tuple((each.block_key, each.segment.start) for each in single)
-        entries = self._kept.pop(key, None)
-        if entries is None:
-            entries = _join(single, wide, tall)
-            if entries.nbytes > self._bytes_max:
-                # worked out anew at every step: slower, equal bit for bit
-                return entries
-            self.nbytes += entries.nbytes
-            while self.nbytes > self._bytes_max:
-                self.nbytes -= self._kept.popitem(last=False)[1].nbytes
-        self._kept[key] = entries
-        return entries
+def add(kept: Kept, y: Tensor, x: Tensor, site: int, carried: Sequence[Carried]) -> list[Carried]:
+    """Add to y [tokens, out] in place what single rows gain from x [tokens, in]; the segments that are left."""
+    # a row's first record; those beyond it, which one sum per row cannot hold, are added like long segments'
+    first = {each.segment.start: each for each in reversed(carried) if each.single}
+    single = list(reversed(first.values()))
+    if not single:
+        return list(carried)
+    key = Kind.SPARSE, site, tuple((each.block_key, each.segment.start) for each in single)
+    blocks = frozenset(each.block_key for each in single)
+    entries = kept.get(key, blocks, lambda: _join(single, x.shape[1], y.shape[1]))
+    table = entries.rows.take(x).float().reshape(-1, 1)
+    gained = bag(table, entries.index, entries.starts, entries.values).view(len(single), -1)
+    entries.rows.add(y, gained)
+    return [each for each in carried if first.get(each.segment.start) is not each]
 
 
 def _join(single: Sequence[Carried], wide: int, tall: int) -> Entries:

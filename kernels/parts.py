@@ -6,12 +6,14 @@ bf16 products where a device multiplies those natively, and rounded once where t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weft.kernels.activation import activate
+from weft.kernels.activation import SIGMOID, activate, activate_rows
 from weft.kernels.bags import bag
 from weft.kernels.batch import Segment
 from weft.kernels.extras import Kind, Record
@@ -46,6 +48,11 @@ class Carried:
         """Of the bank that the record names."""
         assert self.segment.block is not None
         return self.segment.block.banks[self.record.options[0]].key
+
+    @property
+    def single(self) -> bool:
+        """Whether it is for one row."""
+        return self.segment.stop - self.segment.start == 1
 
     @property
     def span(self) -> tuple[int, int]:
@@ -110,7 +117,7 @@ def _sparse(x: Tensor, index: Tensor, values: Tensor, tall: int) -> Tensor:
 
 
 def bottleneck(h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, carried: Carried) -> Tensor:
-    """What h [rows, d] becomes, in fp32.
+    """What is added to h [rows, d], in fp32.
 
     options:  tap, function, terms of the two maps (0: a matrix), bits of the norm's epsilon
     pieces:   norm weight, norm bias, gate weight, gate bias, skip, all in fp32; down bias, up bias; down.., up..
@@ -121,8 +128,7 @@ def bottleneck(h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, carried: Ca
     u = x
     if norm_weight is not None:
         assert norm_bias is not None
-        eps = float(torch.tensor(epsilon, dtype=torch.int32).view(torch.float32))
-        u = F.layer_norm(x.float(), (x.shape[1],), norm_weight[0], norm_bias[0], eps)
+        u = F.layer_norm(x.float(), (x.shape[1],), norm_weight[0], norm_bias[0], epsilon_of(epsilon))
     split = max(1, 3 * down_terms)
     out = _plus(_mapped(u, maps[:split], down_terms), down_bias)
     if maps[split:]:
@@ -131,7 +137,13 @@ def bottleneck(h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, carried: Ca
         out = out + skip[0] * x.float()
     if gate is not None:
         out = mean_gate(x, gate, gate_bias) * out
-    return h.float() + out
+    return out
+
+
+@lru_cache
+def epsilon_of(bits: int) -> float:
+    """A norm's epsilon from the bits of its fp32."""
+    return float(np.array(bits, dtype=np.int32).view(np.float32))
 
 
 def tapped(tap: int, h: Tensor, x_res: Tensor | None, ln_x: Tensor | None) -> Tensor:
@@ -197,7 +209,7 @@ def prefixes(carried: Sequence[Carried], heads: int, x: Tensor | None) -> tuple[
     scores = rowwise(x[[each.segment.start for each in carried]], gate)
     if carried[0].pieces[3] is not None:
         scores = scores + _stacked(carried, 3).flatten(1)
-    g = torch.sigmoid(scores)
+    g = activate_rows(scores, SIGMOID)
     for_keys, for_values = (g[:, :, None],) * 2 if per_token else (g[:, :1, None], g[:, -1:, None])
     return (keys.float() * for_keys).to(keys.dtype), (values.float() * for_values).to(values.dtype)
 

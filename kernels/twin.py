@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weft.kernels import joined
 from weft.kernels.activation import activate
 from weft.kernels.bags import Chosen, Pattern, Places, Plan
 from weft.kernels.batch import Block, Rows, Segment
 from weft.kernels.dispatch import Kernels
 from weft.kernels.extras import Kind
-from weft.kernels.joined import Joined
+from weft.kernels.kept import Kept
 from weft.kernels.layout import (
     A_OFF,
     ACT,
@@ -72,14 +73,15 @@ class TorchKernels(Kernels):
     def __init__(self, arena: Tensor, geometry: Geometry, working_set_bytes_max: int) -> None:
         super().__init__(arena, geometry)
         self._set = WorkingSet(geometry, self._views, working_set_bytes_max, arena.device)
-        # beside the pool, a fourth of its budget
-        self._joined = Joined(working_set_bytes_max // 4)
+        # what the pool leaves of the budget, up to half of it
+        self._bytes_max = working_set_bytes_max
+        self._kept = Kept(working_set_bytes_max // 2)
         # one section, written anew for every use
         self._scratch: Pool | None = None
 
     @property
     def working_set_bytes(self) -> int:
-        return self._set.bytes + self._joined.nbytes
+        return self._set.bytes + self._kept.nbytes
 
     @property
     def working_set_misses(self) -> int:
@@ -87,7 +89,6 @@ class TorchKernels(Kernels):
 
     def forget(self, key: int) -> None:
         super().forget(key)
-        self._joined.forget(key)
         self._set.forget(key)
 
     def check(self) -> None:
@@ -164,11 +165,14 @@ class TorchKernels(Kernels):
         return Scale(Chosen(chosen, self.arena.device), index, lanes), tuple(apart)
 
     def _add_deltas(self, y: Tensor, x: Tensor, site: int, carried: Sequence[Carried]) -> None:
-        left = self._joined.add(y, x, site, carried) if carried[0].record.kind is Kind.SPARSE else carried
+        left = carried
+        if carried and carried[0].record.kind is Kind.SPARSE:
+            left = joined.add(self._kept, y, x, site, carried)
         super()._add_deltas(y, x, site, left)
 
     def _settle(self, rows: TorchRows) -> None:
         rows.slots = self._set.acquire(rows.short_blocks)
+        self._kept.trim(min(self._bytes_max // 2, self._bytes_max - self._set.bytes))
         missing = [block for key, block in rows.short_blocks.items() if key not in rows.slots]
         rows.missing = {block.key: forms_of(self.geometry, block.directory) for block in missing}
         rows.plans = [None] * len(self.geometry.groups)

@@ -85,7 +85,7 @@ def test_what_is_kept_has_a_limit_and_goes_with_its_block(loaded):
     assert kernels.working_set_bytes - before == kept
     kernels.forget(blocks[1].key)
     assert kernels.working_set_bytes == before
-    tight = TorchKernels(arena, OF, 4 * (kept + 8))
+    tight = TorchKernels(arena, OF, 2 * (kept + 8))
     for order in ([0, 1, 2, 3], [1, 0, 2, 3], [3, 2, 1, 0]):
         run(tight, [blocks[i] for i in order])
         assert tight.working_set_bytes <= kept + 8
