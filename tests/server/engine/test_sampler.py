@@ -51,6 +51,31 @@ def test_top_k_and_top_p_keep_the_most_likely():
     assert set(tiny) == {0}
 
 
+def whole_sort(logits: torch.Tensor, choice: Sampling, position: int) -> int:
+    """What one row gives by sorting all of it."""
+    order = torch.argsort(logits, descending=True, stable=True)
+    sums = torch.softmax(logits.double() / choice.temperature, dim=0)[order].cumsum(0)
+    kept = sums[: int((sums < choice.top_p).sum()) + 1]
+    return int(order[min(int((kept <= uniform(choice.seed, position) * kept[-1]).sum()), len(kept) - 1)])
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 3.0])
+@pytest.mark.parametrize("levels", [4, 1 << 20])
+def test_sorting_a_part_gives_what_sorting_all_does(temperature, levels):
+    # few levels: most tokens are as likely as others, at the end of what is sorted first too
+    logits = (torch.randn(40, 3000, generator=torch.Generator().manual_seed(1)) * levels).round() / levels * 3
+    sampling = [Sampling(temperature=temperature, top_p=0.02 + i / 41, seed=i) for i in range(40)]
+    found = pick(logits, sampling, list(range(40)))
+    assert found == [whole_sort(row, choice, i) for i, (row, choice) in enumerate(zip(logits, sampling, strict=True))]
+
+
+def test_equal_logits_are_taken_in_the_order_of_their_ids():
+    logits = torch.zeros(50, 1000)
+    by_k = pick(logits, [Sampling(temperature=1.0, top_k=1, top_p=0.5)] * 50, list(range(50)))
+    assert set(pick(logits, [Sampling(temperature=1.0, top_p=0.0009)] * 50, list(range(50)))) == {0}
+    assert len(set(by_k)) == 1
+
+
 def test_uniform_numbers_differ_by_seed_and_by_position():
     found = {uniform(seed, position) for seed in range(20) for position in range(20)}
     assert len(found) == 400
