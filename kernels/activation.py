@@ -42,4 +42,4 @@ def activate_rows(x: Tensor, code: int) -> Tensor:
         return activate(x, code)
     padded = F.pad(x, (0, -x.shape[1] % LANES)).contiguous()
     rows = max(1, (GRAIN - 1) // padded.shape[1])
-    return torch.cat([activate(part, code) for part in padded.split(rows)])[:, : x.shape[1]]
+    return torch.cat([activate(part, code) for part in torch.split(padded, rows)])[:, : x.shape[1]]

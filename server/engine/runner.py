@@ -1,11 +1,12 @@
 """Turn a batch into tensors, run the backbone over it, and pick the new tokens. Holds keys, values and kernels."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from weft.kernels.batch import Rows, Segment, SoftSpan
+from weft.kernels.batch import Block, Rows, Segment, SoftSpan
 from weft.kernels.dispatch import Kernels
 from weft.kernels.extras import Kind
 from weft.server.backbone.model import Backbone
@@ -20,6 +21,8 @@ ROWS_KEPT = 8
 # a prefix's records as (layer, options, shapes); with the context that sequences are padded to, which attend together
 Prefixes = tuple[tuple[int, tuple[int, ...], tuple[tuple[int, int] | None, ...]], ...]
 Alike = tuple[int, Prefixes]
+# rows of a request of which the first are the base's, all of them, and the block of the others: the same while in use
+Acting = tuple[int, int, Block | None]
 
 
 def padded_context(tokens: int) -> int:
@@ -39,7 +42,7 @@ class Runner:
         self._kernels = kernels
         self._kv = kv
         self._page_tokens = page_tokens
-        self._rows: OrderedDict[tuple[tuple[int, int, int, int, tuple[int, ...]], ...], Rows] = OrderedDict()
+        self._rows: OrderedDict[tuple[Acting, ...], Rows] = OrderedDict()
         self._tables: tuple[dict[Alike, list[Request]], list[Tensor]] = ({}, [])
 
     def run(self, batch: Batch) -> list[int | None]:
@@ -68,7 +71,7 @@ class Runner:
     def forget(self, key: int) -> None:
         """The block loaded under this key is gone, or moved."""
         self._kernels.forget(key)
-        for kept in [kept for kept in self._rows if any(key in (part[2], *part[4]) for part in kept)]:
+        for kept in [kept for kept in self._rows if any(key in _keys(block) for _, _, block in kept)]:
             del self._rows[kept]
 
     def _layout(self, batch: Batch) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -80,10 +83,10 @@ class Runner:
         size = self._page_tokens
         for item in batch.items:
             starts.append(len(ids))
-            request, pages = item.request, item.request.pages
+            request, pages, shift = item.request, item.request.pages, item.request.traits.position_offset
             for index in range(item.start, item.start + item.count):
                 ids.append(request.token(index))
-                positions.append(index + request.traits.position_offset)
+                positions.append(index + shift)
                 slots.append(pages[index // size] * size + index % size)
         return starts, ids, positions, slots
 
@@ -147,31 +150,12 @@ class Runner:
 
         parts:  items, the first of their tokens that is meant, and how many are
         """
-        segments: list[Segment] = []
-        start = 0
-        for item, first, count in parts:
-            # tokens in front of where the adapter begins to act are rows of the base
-            idle = min(max(item.request.acts_from - first, 0), count)
-            if idle:
-                segments.append(Segment(start, start + idle, None))
-            if count > idle:
-                segments.append(Segment(start + idle, start + count, item.block))
-            start += count
-        if all(segment.block is None for segment in segments):
+        key = tuple(_acting(*part) for part in parts)
+        if all(block is None for _, _, block in key):
             return None
-        key = tuple(
-            (
-                s.start,
-                s.stop,
-                -1 if s.block is None else s.block.key,
-                -1 if s.block is None else s.block.offset,
-                () if s.block is None else tuple(bank.key for bank in s.block.banks),
-            )
-            for s in segments
-        )
         rows = self._rows.pop(key, None)
         if rows is None:
-            rows = self._kernels.rows(segments)
+            rows = self._kernels.rows(_segments(key))
         self._rows[key] = rows
         if len(self._rows) > ROWS_KEPT:
             self._rows.popitem(last=False)
@@ -179,6 +163,29 @@ class Runner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self._backbone.device, non_blocking=True)
+
+
+def _keys(block: Block | None) -> tuple[int, ...]:
+    """Of a block and the banks that it refers to."""
+    return () if block is None else (block.key, *(bank.key for bank in block.banks))
+
+
+def _acting(item: Item, first: int, count: int) -> Acting:
+    """How many of an item's tokens stand in front of where its adapter begins to act, how many there are, its block."""
+    idle = min(max(item.request.acts_from - first, 0), count)
+    return (idle, count, item.block) if idle < count else (0, count, None)
+
+
+def _segments(key: Sequence[Acting]) -> list[Segment]:
+    segments: list[Segment] = []
+    start = 0
+    for idle, count, block in key:
+        # tokens in front of where the adapter begins to act are rows of the base
+        if idle:
+            segments.append(Segment(start, start + idle, None))
+        segments.append(Segment(start + idle, start + count, block))
+        start += count
+    return segments
 
 
 def _prefixes(item: Item) -> Prefixes:

@@ -67,7 +67,7 @@ class _Draw:
             (choice.temperature, choice.top_p, uniform(choice.seed, position))
             for choice, position in zip(sampling, positions, strict=True)
         ]
-        return cls(*torch.tensor(numbers, dtype=torch.float64).to(device).split(1, dim=1))
+        return cls(*torch.split(torch.tensor(numbers, dtype=torch.float64).to(device), 1, dim=1))
 
     def tokens(self, logits: Tensor, top_k: int, nucleus: bool) -> Tensor:
         """[rows] int64, of logits [rows, vocabulary]."""
