@@ -8,7 +8,8 @@ merges what was not taken yet.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Protocol
@@ -170,6 +171,8 @@ class Relay:
         self._limits = limits
         self._metrics = metrics
         self._tickets: dict[RequestId, Ticket] = {}
+        # tokens of requests that are not tickets yet
+        self._places: list[int] = []
         self._prepares: dict[Digest, asyncio.Future[AdapterReport]] = {}
         self._users: Counter[Digest] = Counter()
         self._left = asyncio.Event()
@@ -198,20 +201,27 @@ class Relay:
         if self.draining:
             raise errors.Draining("expected a serving server, got one that is stopping")
 
+    @contextmanager
+    def place(self, tokens: int) -> Iterator[None]:
+        """Stand in the queue with this many tokens while a request is made ready; raises Overloaded when it is full.
+
+        Who goes on to ``submit`` in the same breath finds the place still free.
+        """
+        self._check_room(tokens)
+        self._places.append(tokens)
+        self._count_waiting(1, tokens)
+        try:
+            yield
+        finally:
+            self._places.remove(tokens)
+            self._count_waiting(-1, -tokens)
+            self._left.set()
+
     def submit(self, submit: Submit, names: Mapping[str, str] = NO_NAMES) -> Ticket:
-        """Queue a request, or say why not. ``names`` as for its ticket."""
-        self.admit()
+        """Queue an admitted request, or say why not. ``names`` as for its ticket."""
         self.engine()
         ticket = Ticket(self, submit, names)
-        requests, tokens = self._waiting_requests + 1, self._waiting_tokens + ticket.tokens_max
-        if requests > self._limits.requests_max:
-            raise errors.Overloaded(f"queue_requests_max is {self._limits.requests_max}, and as many wait")
-        # a request larger than the whole queue may wait alone: whether it can run is the engine's to say
-        if tokens > self._limits.tokens_max and self._waiting_requests:
-            raise errors.Overloaded(
-                f"request needs {ticket.tokens_max} tokens, "
-                f"queue_tokens_max leaves {self._limits.tokens_max - self._waiting_tokens}"
-            )
+        self._check_room(ticket.tokens_max)
         self._tickets[submit.id] = ticket
         self._users.update(submit.versions)
         self._count_waiting(1, ticket.tokens_max)
@@ -230,7 +240,7 @@ class Relay:
             self._users[digest] -= 1
             if not self._users[digest]:
                 del self._users[digest]
-        self._metrics.running(len(self._tickets) - self._waiting_requests)
+        self._metrics.running(len(self._tickets) + len(self._places) - self._waiting_requests)
         self._metrics.finished(outcome, time.monotonic() - ticket.began_s, ticket.received)
         self._left.set()
 
@@ -242,7 +252,7 @@ class Relay:
 
     async def idle(self) -> None:
         """Wait until no request is in flight."""
-        while self._tickets:
+        while self._tickets or self._places:
             self._left.clear()
             await self._left.wait()
 
@@ -267,9 +277,8 @@ class Relay:
 
     def check(self) -> None:
         """Assert that what is counted is what is there."""
-        waiting = [ticket for ticket in self._tickets.values() if ticket.waiting]
-        assert len(waiting) == self._waiting_requests
-        assert sum(ticket.tokens_max for ticket in waiting) == self._waiting_tokens
+        waiting = [*self._places, *(ticket.tokens_max for ticket in self._tickets.values() if ticket.waiting)]
+        assert (len(waiting), sum(waiting)) == (self._waiting_requests, self._waiting_tokens)
         assert self._users == Counter(digest for t in self._tickets.values() for digest in t.submit.versions)
 
     def engine_ready(self, info: EngineInfo) -> None:
@@ -360,6 +369,14 @@ class Relay:
         elif report is not None:
             future.set_result(report)
 
+    def _check_room(self, tokens: int) -> None:
+        if self._waiting_requests >= self._limits.requests_max:
+            raise errors.Overloaded(f"queue_requests_max is {self._limits.requests_max}, and as many wait")
+        # a request larger than the whole queue may wait alone: whether it can run is the engine's to say
+        left = self._limits.tokens_max - self._waiting_tokens
+        if tokens > left and self._waiting_requests:
+            raise errors.Overloaded(f"request needs {tokens} tokens, queue_tokens_max leaves {left}")
+
     def _unqueue(self, ticket: Ticket) -> None:
         if ticket.waiting:
             ticket.waiting = False
@@ -369,4 +386,4 @@ class Relay:
         self._waiting_requests += requests
         self._waiting_tokens += tokens
         self._metrics.queued(self._waiting_requests, self._waiting_tokens)
-        self._metrics.running(len(self._tickets) - self._waiting_requests)
+        self._metrics.running(len(self._tickets) + len(self._places) - self._waiting_requests)

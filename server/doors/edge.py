@@ -21,7 +21,7 @@ from grpc import StatusCode
 
 from weft.server.doors.auth import Bearer
 from weft.server.doors.status import Verdict, verdict
-from weft.server.errors import AnswerTooLarge, MalformedMessage, SlowConsumer
+from weft.server.errors import AnswerTooLarge, DeadlineExceeded, MalformedMessage, SlowConsumer
 from weft.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,14 @@ class Call:
     """What a handler knows of its call besides the message: seconds until the caller gives up, None for never."""
 
     remaining_s: float | None
+
+    def time_s(self, longest_s: float) -> float:
+        """Seconds that the call may take, ``longest_s`` at most; raises DeadlineExceeded when none are left."""
+        if self.remaining_s is None:
+            return longest_s
+        if self.remaining_s <= 0:
+            raise DeadlineExceeded(f"expected a deadline that lies ahead, got one {-self.remaining_s:g} s ago")
+        return min(longest_s, self.remaining_s)
 
 
 @dataclass(frozen=True, slots=True)
