@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Protocol
 
 from weft.adapters_store import errors as store
@@ -25,7 +25,6 @@ from weft.server.engine.messages import (
     Event,
     Failed,
     Failure,
-    FinishReason,
     Forget,
     Prepare,
     Prepared,
@@ -37,6 +36,7 @@ from weft.server.engine.messages import (
     Tokens,
 )
 from weft.server.metrics import Metrics
+from weft.server.ticket import Ticket
 
 # the slowest part of a start is known to nobody here; callers are told to come back when the table says
 DOWN = "expected a running engine, got one that is starting again"
@@ -55,14 +55,6 @@ class QueueLimits:
 
     requests_max: int
     tokens_max: int
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What one request brought since the last look; ``finish`` is set with the last tokens."""
-
-    tokens: tuple[int, ...]
-    finish: FinishReason | None
 
 
 def raised(failure: Failure, message: str, field: str = "") -> Exception:
@@ -86,78 +78,6 @@ def raised(failure: Failure, message: str, field: str = "") -> Exception:
             return store.StoreIOError(message, field)
         case Failure.BUG:
             return errors.EngineBug(message, field=field)
-
-
-class Ticket:
-    """One request in flight. A context manager: leaving it before the end aborts the request in the engine.
-
-    names:  what the caller calls the members of its adapter, by what the engine's messages call them
-    """
-
-    def __init__(self, relay: "Relay", submit: Submit, names: Mapping[str, str]) -> None:
-        self.submit = submit
-        self._names = names
-        self.waiting = True
-        self.ended = False
-        self.received = 0
-        self.began_s = self.last_s = time.monotonic()
-        self._relay = relay
-        self._tokens: list[int] = []
-        self._finish: FinishReason | None = None
-        self._error: Exception | None = None
-        self._changed = asyncio.Event()
-
-    @property
-    def tokens_max(self) -> int:
-        """Most tokens that the request can come to hold."""
-        return len(self.submit.prompt) + self.submit.max_new_tokens
-
-    async def take(self) -> Progress:
-        """Wait for news and return all of it; raises the error that ended the request, after its last tokens."""
-        await self._changed.wait()
-        if self._error is not None and not self._tokens:
-            raise self._error
-        if self._error is None:
-            self._changed.clear()
-        progress = Progress(tuple(self._tokens), self._finish)
-        self._tokens.clear()
-        return progress
-
-    def add(self, tokens: tuple[int, ...], finish: FinishReason | None) -> None:
-        """Put news in the mailbox."""
-        self._tokens.extend(tokens)
-        self.received += len(tokens)
-        self._finish = finish
-        self._changed.set()
-
-    def named(self, message: str) -> str:
-        """What the engine says, in the words of the caller."""
-        for label, name in self._names.items():
-            message = message.replace(label, name)
-        return message
-
-    def fail(self, error: Exception) -> None:
-        """End the request with an error."""
-        self._error = error
-        self._changed.set()
-
-    def leave(self, outcome: str) -> None:
-        """End the request for whatever reason; only the first time counts."""
-        self._relay.leave(self, outcome)
-
-    def __enter__(self) -> "Ticket":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            outcome = self._finish.value if self._finish is not None else FinishReason.STOP.value
-        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
-            outcome = "cancelled"
-        else:
-            outcome = "deadline" if isinstance(error, errors.DeadlineExceeded) else "error"
-        self.leave(outcome)
 
 
 class Relay:
@@ -184,6 +104,11 @@ class Relay:
     def busy(self) -> bool:
         """Whether the engine owes somebody an event."""
         return bool(self._tickets or self._prepares)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were taken and have not ended."""
+        return len(self._tickets) + len(self._places)
 
     def engine(self) -> EngineInfo:
         """What the running engine is; raises EngineRestarting while there is none."""
@@ -220,7 +145,7 @@ class Relay:
     def submit(self, submit: Submit, names: Mapping[str, str] = NO_NAMES) -> Ticket:
         """Queue an admitted request, or say why not. ``names`` as for its ticket."""
         self.engine()
-        ticket = Ticket(self, submit, names)
+        ticket = Ticket(submit, names, self.leave)
         self._check_room(ticket.tokens_max)
         self._tickets[submit.id] = ticket
         self._users.update(submit.versions)
@@ -240,8 +165,10 @@ class Relay:
             self._users[digest] -= 1
             if not self._users[digest]:
                 del self._users[digest]
-        self._metrics.running(len(self._tickets) + len(self._places) - self._waiting_requests)
+        self._metrics.running(self.in_flight - self._waiting_requests)
         self._metrics.finished(outcome, time.monotonic() - ticket.began_s, ticket.received)
+        if ticket.received:
+            self._metrics.decoded(ticket.last_s - ticket.first_s, ticket.received)
         self._left.set()
 
     async def unused(self, digest: Digest) -> None:
@@ -252,7 +179,7 @@ class Relay:
 
     async def idle(self) -> None:
         """Wait until no request is in flight."""
-        while self._tickets or self._places:
+        while self.in_flight:
             self._left.clear()
             await self._left.wait()
 
@@ -330,19 +257,15 @@ class Relay:
             return
         self._unqueue(ticket)
         ticket.ended = event.finish is not None
-        now_s = time.monotonic()
         if event.tokens:
-            if ticket.received == 0:
-                self._metrics.first_token(now_s - ticket.began_s)
-            else:
-                self._metrics.more_tokens(len(event.tokens), now_s - ticket.last_s)
-            ticket.last_s = now_s
+            ticket.count(len(event.tokens), self._metrics)
         ticket.add(event.tokens, event.finish)
 
     def _scheduled(self, event: Scheduled) -> None:
         self._metrics.scheduled(event.queue_s, event.adapter_wait_s)
         ticket = self._tickets.get(event.id)
         if ticket is not None:
+            ticket.scheduled_s = time.monotonic()
             self._unqueue(ticket)
 
     def _failed(self, event: Failed) -> None:
@@ -386,4 +309,4 @@ class Relay:
         self._waiting_requests += requests
         self._waiting_tokens += tokens
         self._metrics.queued(self._waiting_requests, self._waiting_tokens)
-        self._metrics.running(len(self._tickets) + len(self._places) - self._waiting_requests)
+        self._metrics.running(self.in_flight - self._waiting_requests)

@@ -26,9 +26,10 @@ from weft.server.engine import messages
 from weft.server.engine.messages import EngineInfo, Submit
 from weft.server.errors import DeadlineExceeded, InvalidRequest
 from weft.server.registration import Registrar
-from weft.server.relay import Relay, Ticket
+from weft.server.relay import Relay
 from weft.server.text import Tokenizer
 from weft.server.threads import Threads
+from weft.server.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,15 @@ import dataclasses
 
 import pytest
 
-from weft.server.config import ConfigError, ServerConfig, add_arguments, from_args, parse_address, parse_bytes
+from weft.server.config import (
+    ConfigError,
+    ServerConfig,
+    add_arguments,
+    from_args,
+    parse_address,
+    parse_bytes,
+    shown_address,
+)
 from weft.server.engine.config import EngineConfig
 from weft.server.version import VERSION
 
@@ -89,6 +97,16 @@ def test_values_out_of_bounds_are_refused_by_name(fields, name):
 
 def test_addresses_may_be_ipv6():
     assert parse_address("[::1]:80", "listen") == ("::1", 80)
+
+
+@pytest.mark.parametrize("text", ["[::1]:80", "127.0.0.1:80", "localhost:80"])
+def test_an_address_is_shown_as_it_is_read(text):
+    assert shown_address(*parse_address(text, "listen")) == text
+
+
+def test_a_request_that_may_run_may_also_finish():
+    config = ServerConfig(model="m")
+    assert config.drain_timeout_s >= config.request_duration_s_max
 
 
 def test_the_engine_is_told_its_part():

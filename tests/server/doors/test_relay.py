@@ -25,8 +25,9 @@ from weft.server.engine.messages import (
     Tokens,
 )
 from weft.server.metrics import Metrics
-from weft.server.relay import QueueLimits, Relay, Ticket
+from weft.server.relay import QueueLimits, Relay
 from weft.server.threads import Threads
+from weft.server.ticket import Ticket
 
 LIMITS = QueueLimits(requests_max=3, tokens_max=40)
 INFO = fake_engine.info(EngineConfig(model="/nowhere", store="s"))
