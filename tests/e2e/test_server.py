@@ -14,7 +14,7 @@ import grpc
 import pytest
 
 from tests.support.server import Server, serving, until
-from weft.client import Client, GenerateOptions, errors
+from weft.client import Client, errors
 from weft.client.values import Delta, Finished, Started
 from weft.proto.v1.adapters_pb2 import AdapterHeader, RegisterAdapterRequest
 from weft.server.demo import tasks
@@ -195,8 +195,13 @@ class Revived:
 def tokens_of_all(client: Client) -> dict[str, tuple[int, ...]]:
     """What every adapter, and the bare backbone, makes of one prompt."""
     names = ["", *(adapter.name for adapter in tasks.DEMO_ADAPTERS)]
-    options: GenerateOptions = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0}
-    return {name: client.generate("abcdef=", adapter=name, **options).token_ids for name in names}
+
+    def tokens(name: str) -> tuple[int, ...]:
+        return client.generate(
+            "abcdef=", adapter=name, max_new_tokens=12, ignore_eos=True, temperature=0
+        ).token_ids  # fmt: skip
+
+    return {name: tokens(name) for name in names}
 
 
 @contextmanager

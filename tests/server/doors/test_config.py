@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import subprocess
 
 import pytest
 
+from weft.server import version
 from weft.server.config import (
     ConfigError,
     ServerConfig,
@@ -107,6 +109,19 @@ def test_an_address_is_shown_as_it_is_read(text):
 def test_a_request_that_may_run_may_also_finish():
     config = ServerConfig(model="m")
     assert config.drain_timeout_s >= config.request_duration_s_max
+
+
+def test_the_commit_is_the_one_of_the_checkout_and_of_no_folder_around_it(monkeypatch, tmp_path):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-mx"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    head = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    monkeypatch.setattr(version, "ROOT", tmp_path)
+    assert len(version.commit()) >= 7
+    assert head.stdout.startswith(version.commit())
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(version, "ROOT", tmp_path / "site-packages")
+    assert version.commit() == ""
 
 
 def test_the_engine_is_told_its_part():
