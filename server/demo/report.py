@@ -83,11 +83,10 @@ def summary(outcome: Outcome, fullest: Fullest) -> list[str]:
     right, asked = sum(each.right for each in served), sum(each.asked for each in served)
     requests = sum(each.asked for each in outcome.scores)
     methods = by_method(outcome.scores)
-    each_method = ", ".join(f"{name} {100 * good / all_:.0f} %" for name, (good, all_) in methods.items())
     adapters = f"{len(served)} adapters of {len(methods)} methods"
     lines = [
         f"accuracy   {right / asked:.1%} of {asked} held-out requests to {adapters}:",
-        *textwrap.wrap(each_method, LINE_CHARACTERS, initial_indent=INDENT, subsequent_indent=INDENT),
+        *_method_lines(methods),
         f"batch      {requests} requests sent at once, {requests - asked} of them to the bare backbone; "
         f"the fullest step had {fullest.rows:,} rows and {fullest.adapters} adapters",
         f"speed      {outcome.batch_tokens / outcome.batch_s:,.0f} tokens/s: "
@@ -104,6 +103,14 @@ def summary(outcome: Outcome, fullest: Fullest) -> list[str]:
     if not outcome.late.passed:
         lines.append(f"FAILED     {outcome.late.adapter}: expected a right answer before the stream ended")
     return lines
+
+
+def _method_lines(methods: dict[str, tuple[int, int]]) -> list[str]:
+    """The accuracy of each method, as many to a line as fit."""
+    # spaces where no line may end
+    glued = (f"{name} {100 * right / asked:.0f} %".replace(" ", "\xa0") for name, (right, asked) in methods.items())
+    lines = textwrap.wrap(", ".join(glued), LINE_CHARACTERS, initial_indent=INDENT, subsequent_indent=INDENT)
+    return [line.replace("\xa0", " ") for line in lines]
 
 
 def _late_line(late: LateArrival) -> str:

@@ -151,6 +151,13 @@ def test_the_accuracy_of_a_method_is_that_of_all_its_adapters():
     assert report.by_method(play.score(told, adapters)) == {"LORA": (5, 6), "IA3": (0, 1)}
 
 
+def test_accuracies_are_told_line_by_line_without_tearing_a_name_from_its_number():
+    lines = report._method_lines({f"A method {number}": (1, 2) for number in range(20)})
+    assert len(lines) > 1
+    assert all(re.fullmatch(r" {11}(A method \d+ 50 %(, |,?$))+", line) and len(line) <= 120 for line in lines)
+    assert sum(line.count("50 %") for line in lines) == 20
+
+
 def test_metrics_that_do_not_tell_the_fullest_step_fail_the_demonstration(server):
     with pytest.raises(launch.DemoFailed, match="metrics of the fullest step"):
         launch.fullest_step("127.0.0.1:1")
