@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import grpc
 import pytest
@@ -56,7 +57,7 @@ def busy_encoders(server: Running) -> Iterator[None]:
 def test_a_long_prompt_waits_in_the_queue_until_it_is_encoded_but_not_beyond_its_time(tmp_path):
     folder = make_backbone(tmp_path / "backbone")
     (folder / fake_engine.LONG_CONTEXT).touch()
-    long = {"text": "x" * 5000, "max_new_tokens": 1, "timeout": None}
+    long: dict[str, Any] = {"text": "x" * 5000, "max_new_tokens": 1, "timeout": None}
     with running(tmp_path, request_duration_s_max=0.8) as server:
         with busy_encoders(server), ThreadPoolExecutor(1) as pool:
             began = time.monotonic()

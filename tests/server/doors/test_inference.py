@@ -182,6 +182,10 @@ def test_a_stream_without_request_has_no_prompt(server):
     assert refused(lambda: list(call(b"", timeout=5))) == (INVALID, "INVALID_REQUEST", ("request.prompt",))
 
 
+def streamed(server, **fields):
+    return list(server.stream(**fields))
+
+
 def test_an_unknown_adapter_is_not_found_and_a_bad_name_is_invalid(server):
     assert refused(lambda: server.generate(ids=[1], adapter="ghost"))[:2] == (
         grpc.StatusCode.NOT_FOUND,
@@ -190,7 +194,7 @@ def test_an_unknown_adapter_is_not_found_and_a_bad_name_is_invalid(server):
     for name in ("..", "a/b", "a\0b", "a,b", "x" * 129, " ", "é"):
         told = refused(partial(server.generate, ids=[1], adapter=name))
         assert told == (INVALID, "ADAPTER_INVALID", ("adapter",))
-        told = refused(lambda name=name: list(server.stream(ids=[1], adapter=name)))
+        told = refused(partial(streamed, server, ids=[1], adapter=name))
         assert told == (INVALID, "ADAPTER_INVALID", ("request.adapter",))
 
 
