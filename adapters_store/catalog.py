@@ -104,7 +104,7 @@ class Catalog:
         """The entry of a name. AdapterNotFound if there is none."""
         entry = self._entries.get(name)
         if entry is None:
-            raise AdapterNotFound(f"name: expected a registered adapter, got {quoted(name, 140)!r}", "name")
+            raise AdapterNotFound(f"name: expected a registered adapter, got {quoted(name, 140)!r}", "name", name)
         return entry
 
     def list(self, after: str = "", limit: int = 100, method: str = "") -> tuple[Entry, ...]:

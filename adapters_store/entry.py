@@ -78,11 +78,11 @@ def make_entry(
     )
 
 
-def check_name(name: str) -> str:
-    """The name itself. AdapterInvalid unless it follows the grammar, which knows no paths."""
+def check_name(name: str, field: str = "name") -> str:
+    """The name itself. AdapterInvalid of ``field`` unless it follows the grammar, which knows no paths."""
     if not NAME.fullmatch(name):
         wanted = f"a name that matches {NAME.pattern}"
-        raise AdapterInvalid(f"name: expected {wanted}, got {quoted(name, 140)!r}", "name")
+        raise AdapterInvalid(f"{field}: expected {wanted}, got {quoted(name, 140)!r}", field)
     return name
 
 

@@ -25,7 +25,7 @@ class AdapterError(Exception):
         self.message = message
         self.field = quoted(field)
 
-    def __reduce__(self) -> tuple[type["AdapterError"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type["AdapterError"], tuple[str, ...]]:
         return type(self), (self.message, self.field)
 
 
@@ -42,7 +42,14 @@ class AdapterCorrupt(AdapterError):
 
 
 class AdapterNotFound(AdapterError):
-    """No adapter of this name."""
+    """No adapter of this ``name``."""
+
+    def __init__(self, message: str, field: str = "", name: str = "") -> None:
+        super().__init__(message, field)
+        self.name = quoted(name)
+
+    def __reduce__(self) -> tuple[type["AdapterError"], tuple[str, ...]]:
+        return type(self), (self.message, self.field, self.name)
 
 
 class AdapterExists(AdapterError):

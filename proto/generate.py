@@ -47,7 +47,10 @@ def _finished(path: Path) -> str:
 
 
 def main() -> None:
-    """Replace the stubs in ``proto/v1`` by fresh ones."""
+    """Replace the stubs in ``proto/v1`` by fresh ones; with ``--set-up`` only get ready to."""
+    if sys.argv[1:] == ["--set-up"]:
+        generator()
+        return
     fresh = stubs()
     for path in (PROTO / VERSION).glob("*_pb2*.py*"):
         if path.name not in fresh:

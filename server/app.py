@@ -26,7 +26,9 @@ STOPPED_BY_FORCE = 1
 
 
 def serve(config: ServerConfig, target: str = ENGINE) -> int:
-    """Serve until a signal and return the exit code: 0 drained, 1 forced, 70 engine lost for good, 78 cannot start.
+    """Serve until a signal and return the exit code.
+
+    0 drained, 1 something in flight was cut off, 70 engine lost for good, 78 cannot start.
 
     target:  the engine process's first function, ``module:function``
     """
@@ -43,6 +45,7 @@ def serve(config: ServerConfig, target: str = ENGINE) -> int:
 async def _serve(config: ServerConfig, target: str) -> int:
     signals = Signals()
     frontend = Frontend(config, target)
+    say(f"loading {config.model}")
     try:
         addresses = await signals.until(1, frontend.start())
         if addresses is None:
@@ -53,19 +56,16 @@ async def _serve(config: ServerConfig, target: str) -> int:
             sys.stderr.write(f"weft: {reason}\n")
             return os.EX_SOFTWARE
         say("weft is draining; a second signal stops it at once")
-        drained = await signals.until(2, _drained(frontend))
-        return 0 if drained else STOPPED_BY_FORCE
+        cut = await signals.until(2, frontend.drain())
+        if cut:
+            sys.stderr.write(f"weft: cut off after drain_timeout_s {config.drain_timeout_s:g}: {cut} in flight\n")
+        return 0 if cut == 0 else STOPPED_BY_FORCE
     finally:
         await frontend.close()
 
 
 async def _given_up(frontend: Frontend) -> str:
     return await asyncio.shield(frontend.supervisor.gave_up)
-
-
-async def _drained(frontend: Frontend) -> bool:
-    await frontend.drain()
-    return True
 
 
 class Signals:
@@ -129,15 +129,20 @@ def describe(config: ServerConfig, info: EngineInfo, stats: StepStats | None) ->
 
 def warnings(config: ServerConfig) -> list[str]:
     """What an operator who listens beyond this machine should hear."""
-    host, _ = parse_address(config.listen, "listen")
-    if _is_loopback(host):
-        return []
     lines = []
-    if not config.tls_certificate_file:
-        lines.append(f"warning: {config.listen} is open to the network without TLS")
-    if not config.token_file and not config.tls_client_ca_file:
-        lines.append(f"warning: {config.listen} is open to the network and asks nobody for a token or certificate")
+    if _is_open(config.listen):
+        if not config.tls_certificate_file:
+            lines.append(f"warning: {config.listen} is open to the network without TLS")
+        if not config.token_file and not config.tls_client_ca_file:
+            lines.append(f"warning: {config.listen} is open to the network and asks nobody for a token or certificate")
+    if _is_open(config.metrics_listen):
+        lines.append(f"warning: metrics at {config.metrics_listen} are open to the network, in plain text")
     return lines
+
+
+def _is_open(address: str) -> bool:
+    host, _ = parse_address(address, "listen")
+    return not _is_loopback(host)
 
 
 def _is_loopback(host: str) -> bool:

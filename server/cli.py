@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="weft",
-        description="Serves one frozen language model with hundreds of adapters of any method in one batch.",
+        description="Serves one frozen language model with hundreds of adapters of many methods in one batch.",
     )
     parser.add_argument("--version", action="version", version=f"weft {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -8,8 +8,8 @@ from types import TracebackType
 
 from weft.server.engine.messages import FinishReason
 from weft.server.errors import DeadlineExceeded
-from weft.server.relay import Ticket
 from weft.server.text import Detokenizer, StopStrings, Tokenizer
+from weft.server.ticket import Ticket
 
 # the longest tokens have some hundred bytes: so many stay within a message
 PIECE_TOKENS_MAX = 4096

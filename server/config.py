@@ -59,7 +59,7 @@ class ServerConfig:
     upload_duration_s_max: float = _option(3600.0, "longest time an upload may take, in seconds")
 
     drain_lag_s: float = _option(0.5, "time between reporting NOT_SERVING and refusing requests, in seconds")
-    drain_timeout_s: float = _option(30.0, "time that requests in flight get to finish when stopping, in seconds")
+    drain_timeout_s: float = _option(600.0, "time that requests in flight get to finish when stopping, in seconds")
     engine_failures_max: int = _option(5, "engine deaths in a row, each soon after its start, before giving up")
     engine_stall_s_max: float = _option(300.0, "longest engine step before the engine is killed, in seconds")
     log_level: str = _option("info", "debug, info, warning or error")
@@ -111,6 +111,11 @@ def parse_address(text: str, name: str) -> tuple[str, int]:
     if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f"{name} must be HOST:PORT with a port of 0 to 65535, got {text!r}")
     return host, int(port)
+
+
+def shown_address(host: str, port: int) -> str:
+    """``HOST:PORT`` as ``parse_address`` reads it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_preload(text: str) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from wsgiref.simple_server import WSGIServer
 from weft.adapters_store.catalog import Catalog
 from weft.adapters_store.errors import AdapterError
 from weft.server import errors
-from weft.server.config import ConfigError, ServerConfig, parse_address, parse_preload
+from weft.server.config import ConfigError, ServerConfig, parse_address, parse_preload, shown_address
 from weft.server.doors import door
 from weft.server.doors.adapters import AdapterService
 from weft.server.doors.auth import Bearer
@@ -24,7 +24,7 @@ from weft.server.doors.edge import Edge
 from weft.server.doors.health import Health
 from weft.server.doors.inference import InferenceService
 from weft.server.doors.info import ServerService
-from weft.server.engine.messages import EngineInfo, Event
+from weft.server.engine.messages import EngineInfo, Event, RestartCause
 from weft.server.metrics import Metrics
 from weft.server.registration import Registrar, read_folder
 from weft.server.relay import QueueLimits, Relay
@@ -105,9 +105,9 @@ class Frontend:
         self.relay.engine_lost()
         self._report()
 
-    def engine_restarting(self) -> None:
+    def engine_restarting(self, cause: RestartCause) -> None:
         """Another engine is being started."""
-        self.metrics.engine_restarted()
+        self.metrics.engine_restarted(cause)
 
     def deliver(self, events: list[Event]) -> None:
         """Events of the engine."""
@@ -120,19 +120,25 @@ class Frontend:
         edge = Edge(self.metrics, Bearer.from_file(config.token_file), config.write_stall_s_max)
         self._server = door.build(config, edge, self._servicers(tokenizer))
         host, _ = parse_address(config.listen, "listen")
-        grpc = f"{host}:{door.bind(self._server, config)}"
+        grpc = shown_address(host, door.bind(self._server, config))
         metrics = self._serve_metrics()
         await self._server.start()
         self._tasks.append(asyncio.create_task(self._watch()))
         await self.supervisor.start()
-        for each in config.adapter:
-            await self._preload(*parse_preload(each))
+        for number, each in enumerate(config.adapter, 1):
+            name, folder = parse_preload(each)
+            logger.info("registering %s, adapter %d of %d", name, number, len(config.adapter))
+            await self._preload(name, folder)
         self._serving = True
         self._report()
         return Addresses(grpc, metrics)
 
-    async def drain(self) -> None:
-        """Stop in good order: be left alone first, then take nothing new, then wait for what is in flight."""
+    async def drain(self) -> int:
+        """Stop in good order: be left alone first, then take nothing new, then wait for what is in flight.
+
+        Returns how many requests and registrations were cut off because they took longer than ``drain_timeout_s``.
+        """
+        cut = 0
         self._serving = False
         self._report()
         self.metrics.draining()
@@ -143,9 +149,11 @@ class Frontend:
                 await self.relay.idle()
                 await self.registrar.idle()
         except TimeoutError:
+            cut = self.relay.in_flight + self.registrar.arriving
             self.relay.fail_all(errors.Draining("the server stopped before the request was done"))
         self.health.end()
         await self._server.stop(FAREWELL_S)
+        return cut
 
     async def close(self) -> None:
         """End everything at once; after ``drain`` nothing is left to lose."""
@@ -198,7 +206,7 @@ class Frontend:
         except OSError as error:
             logger.warning("metrics are not served: %s cannot be bound: %s", self._config.metrics_listen, error)
             return ""
-        return f"{host}:{self._metrics_server[0].server_port}"
+        return shown_address(host, self._metrics_server[0].server_port)
 
     async def _preload(self, name: str, folder: str) -> None:
         arrival = await read_folder(name, Path(folder), self._disk)

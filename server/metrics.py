@@ -5,8 +5,10 @@ is a constant: it does not grow with adapters, requests or callers. Figures per 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from threading import Thread
+from typing import get_args
 from wsgiref.simple_server import WSGIServer
 
 from grpc import StatusCode
@@ -20,9 +22,9 @@ from prometheus_client import (
     start_http_server,
 )
 
-from weft.server.engine.messages import EngineInfo, StepStats
+from weft.server.engine.messages import EngineInfo, RestartCause, StepStats
 from weft.server.errors import TABLE
-from weft.server.version import VERSION
+from weft.server.version import VERSION, commit
 
 # edges of the OpenTelemetry conventions for generative models where they name some
 TTFT_S = (
@@ -56,6 +58,15 @@ MEMORY_KINDS = ("backbone", "adapters", "composed", "shared", "kv", "working_set
 MEMORY_TIERS = ("device",)
 ADAPTER_STATES = ("active", "incompatible")
 IMPLEMENTATIONS = ("torch", "triton")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """How full the store is."""
+
+    bytes: int
+    objects: int
+    free_bytes: int
 
 
 class Metrics:
@@ -94,6 +105,11 @@ class Metrics:
         )
         self._ttft = self._histogram("time_to_first_token_seconds", "Admission to first token.", TTFT_S)
         self._gap = self._histogram("inter_token_latency_seconds", "Gap between two tokens.", PER_TOKEN_S)
+        self._prefill = self._histogram("request_prefill_seconds", "Leaving the queue to first token.", TTFT_S)
+        self._decode = self._histogram("request_decode_seconds", "First to last token.", DURATION_S)
+        self._per_token = self._histogram(
+            "time_per_output_token_seconds", "Mean gap between the tokens of a request that has several.", PER_TOKEN_S
+        )
         self._duration = self._histogram("request_duration_seconds", "Admission to last token.", DURATION_S)
         self._queue = self._histogram("request_queue_seconds", "Admission to the batch.", TTFT_S)
         self._adapter_wait = self._histogram(
@@ -104,13 +120,19 @@ class Metrics:
         self._step = self._histogram("step_seconds", "Duration of one engine step.", PER_TOKEN_S)
         self._rows = self._histogram("batch_rows", "Token rows computed in one step.", ROWS)
         self._distinct = self._histogram("batch_adapters", "Distinct adapters in one step.", ROWS)
+        self._rows_max = self._gauge("batch_rows_max", "Most token rows that one step has had.")
+        self._distinct_max = self._gauge("batch_adapters_max", "Most distinct adapters that one step has had.")
+        self._most_rows = self._most_distinct = 0
         self._kv_ratio = self._gauge("kv_cache_usage_ratio", "Part of the memory for keys and values in use.")
         self._memory = self._gauge("memory_bytes", "Memory in use.", ["kind", "tier"])
         for kind in MEMORY_KINDS:
             for tier in MEMORY_TIERS:
                 self._memory.labels(kind, tier)
         self._engine_up = self._gauge("engine_up", "1 while the engine process serves.")
-        self._engine_restarts = self._counter("engine_restarts", "Times the engine process was started again.")
+        text = "Times the engine process was started again because it ended, did not start, or was silent."
+        self._engine_restarts = self._counter("engine_restarts", text, ["cause"])
+        for cause in get_args(RestartCause):
+            self._engine_restarts.labels(cause)
         self._last_step = self._gauge("engine_last_step_timestamp_seconds", "Unix time of the last engine step.")
         self._kernels = self._gauge("kernels_info", "1 for the kernels in use.", ["implementation"])
         for implementation in IMPLEMENTATIONS:
@@ -125,6 +147,9 @@ class Metrics:
         self._evictions = self._counter("adapter_evictions", "Adapters evicted from the engine's memory.")
         self._hits = self._counter("adapter_hits", "Requests that found their adapter loaded.")
         self._load_s = self._histogram("adapter_load_seconds", "Time to load one adapter.", TTFT_S)
+        self._store_bytes = self._gauge("store_bytes", "Bytes of the files of all versions that have a name.")
+        self._store_objects = self._gauge("store_objects", "Versions that have a name.")
+        self._store_free = self._gauge("store_free_bytes", "Bytes left where the store lies.")
         self._uploads = self._gauge("uploads_in_progress", "Uploads running.")
         self._upload_bytes = self._counter("upload_bytes", "Bytes of weights received.")
 
@@ -137,13 +162,17 @@ class Metrics:
             self._rpc_duration.labels(method)
             for code in StatusCode:
                 self._rpc_completed.labels(method, code.name)
+        self._streams = self._gauge("streams_open", "Answers that are being streamed.", ["method"])
         self._errors = self._counter("errors", "Calls ended with an error, by its reason.", ["code", "reason"])
         for row in TABLE.values():
             self._errors.labels(row.code.name, row.reason)
         self._ready = self._gauge("ready", "1 while the server takes requests.")
         self._draining = self._gauge("draining", "1 while the server finishes its last requests.")
         self._loop_lag = self._histogram("event_loop_lag_seconds", "Lateness of the front's timers.", PER_TOKEN_S)
-        self._gauge("build_info", "1 for the version that runs.", ["version"]).labels(VERSION).set(1)
+        build = self._gauge(
+            "build_info", "1 for the version and, in a checkout, commit that run.", ["version", "commit"]
+        )
+        build.labels(VERSION, commit()).set(1)
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
@@ -161,6 +190,10 @@ class Metrics:
         """A call left the edge."""
         self._rpc_completed.labels(method, code.name).inc()
         self._rpc_duration.labels(method).observe(duration_s)
+
+    def streaming(self, method: str, change: int) -> None:
+        """A streamed answer began (+1) or ended (-1); 0 makes the series of a method that streams."""
+        self._streams.labels(method).inc(change)
 
     def error(self, code: StatusCode, reason: str) -> None:
         """A caller was told an error."""
@@ -195,9 +228,10 @@ class Metrics:
         self._queue.observe(queue_s)
         self._adapter_wait.observe(adapter_wait_s)
 
-    def first_token(self, ttft_s: float) -> None:
-        """A request has its first token."""
+    def first_token(self, ttft_s: float, prefill_s: float) -> None:
+        """A request has its first token, this long after its admission and after it left the queue."""
         self._ttft.observe(ttft_s)
+        self._prefill.observe(prefill_s)
 
     def more_tokens(self, count: int, gap_s: float) -> None:
         """A request has more tokens, the first of them this long after the last."""
@@ -213,6 +247,12 @@ class Metrics:
         self._finished.labels(finish).inc()
         self._duration.observe(duration_s)
         self._request_generation.observe(tokens)
+
+    def decoded(self, decode_s: float, tokens: int) -> None:
+        """A request that has tokens ended, this long between the first and the last of them."""
+        self._decode.observe(decode_s)
+        if tokens > 1:
+            self._per_token.observe(decode_s / (tokens - 1))
 
     # engine
 
@@ -232,9 +272,9 @@ class Metrics:
             for tier in MEMORY_TIERS:
                 self._memory.labels(kind, tier).set(0)
 
-    def engine_restarted(self) -> None:
+    def engine_restarted(self, cause: RestartCause) -> None:
         """The engine process is being started again."""
-        self._engine_restarts.inc()
+        self._engine_restarts.labels(cause).inc()
 
     def step(self, stats: StepStats) -> None:
         """The engine made a step."""
@@ -242,6 +282,10 @@ class Metrics:
         self._step.observe(stats.step_s)
         self._rows.observe(stats.rows)
         self._distinct.observe(stats.distinct_adapters)
+        self._most_rows = max(self._most_rows, stats.rows)
+        self._most_distinct = max(self._most_distinct, stats.distinct_adapters)
+        self._rows_max.set(self._most_rows)
+        self._distinct_max.set(self._most_distinct)
         self._kv_ratio.set(stats.kv_bytes / self._kv_bytes_max if self._kv_bytes_max else 0)
         self._resident.set(stats.adapters_resident)
         values = (
@@ -266,6 +310,12 @@ class Metrics:
         """Ask ``counts`` for the names by state whenever metrics are read, from the reading thread."""
         for state in ADAPTER_STATES:
             self._adapters.labels(state).set_function(partial(_count, counts, state))
+
+    def measure_store(self, usage: Callable[[], StoreUsage]) -> None:
+        """Ask ``usage`` how full the store is whenever metrics are read, from the reading thread."""
+        self._store_bytes.set_function(lambda: usage().bytes)
+        self._store_objects.set_function(lambda: usage().objects)
+        self._store_free.set_function(lambda: usage().free_bytes)
 
     def ready(self, ready: bool) -> None:
         """The server takes requests, or does not."""

@@ -6,6 +6,7 @@ Knows neither gRPC nor messages; works for uploads and for folders given on the 
 
 import asyncio
 import logging
+import shutil
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from weft.adapters_store.upload import Upload
 from weft.server.config import ConfigError
 from weft.server.engine.messages import Digest, EngineInfo
 from weft.server.errors import DigestMismatch, EngineRestarting, UploadInvalid
-from weft.server.metrics import Metrics
+from weft.server.metrics import Metrics, StoreUsage
 from weft.server.relay import Relay
 from weft.server.threads import Threads
 
@@ -79,7 +80,8 @@ class Registrar:
         self._metrics = metrics
         # versions that the loaded backbone's engine refused, and why
         self._refused: dict[str, str] = {}
-        self._arriving = 0
+        # registrations under way
+        self.arriving = 0
         self._arrived = asyncio.Event()
         # held while a name changes
         self._changes = asyncio.Lock()
@@ -87,6 +89,7 @@ class Registrar:
         self._tasks: set[asyncio.Task[None]] = set()
         self._review: asyncio.Task[None] | None = None
         metrics.count_adapters(self.counts)
+        metrics.measure_store(self.usage)
 
     def state(self, entry: Entry) -> tuple[bool, str]:
         """Whether requests may use the entry with the loaded backbone, and why not."""
@@ -99,6 +102,12 @@ class Registrar:
         entries = self._catalog.list(limit=len(names))
         active = sum(self.state(entry)[0] for entry in entries)
         return {"active": active, "incompatible": len(entries) - active}
+
+    def usage(self) -> StoreUsage:
+        """How full the store is."""
+        entries = self._catalog.list(limit=len(self._catalog.names()))
+        versions = {entry.digest: entry.disk_bytes for entry in entries}
+        return StoreUsage(sum(versions.values()), len(versions), shutil.disk_usage(self._root).free)
 
     def get(self, name: str) -> Entry:
         """The entry of a name; raises AdapterInvalid for what cannot be a name, AdapterNotFound for no entry."""
@@ -130,16 +139,16 @@ class Registrar:
         """Bring an adapter in: durable and named when this returns, without a trace when it raises."""
         check_name(arrival.name)
         self._relay.admit()
-        self._arriving += 1
+        self.arriving += 1
         try:
             return await self._register(arrival, self._relay.engine())
         finally:
-            self._arriving -= 1
+            self.arriving -= 1
             self._arrived.set()
 
     async def idle(self) -> None:
         """Wait until no registration is under way."""
-        while self._arriving:
+        while self.arriving:
             self._arrived.clear()
             await self._arrived.wait()
 

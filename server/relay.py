@@ -8,9 +8,10 @@ merges what was not taken yet.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Protocol
 
 from weft.adapters_store import errors as store
@@ -24,7 +25,6 @@ from weft.server.engine.messages import (
     Event,
     Failed,
     Failure,
-    FinishReason,
     Forget,
     Prepare,
     Prepared,
@@ -36,6 +36,7 @@ from weft.server.engine.messages import (
     Tokens,
 )
 from weft.server.metrics import Metrics
+from weft.server.ticket import Ticket
 
 # the slowest part of a start is known to nobody here; callers are told to come back when the table says
 DOWN = "expected a running engine, got one that is starting again"
@@ -54,14 +55,6 @@ class QueueLimits:
 
     requests_max: int
     tokens_max: int
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """What one request brought since the last look; ``finish`` is set with the last tokens."""
-
-    tokens: tuple[int, ...]
-    finish: FinishReason | None
 
 
 def raised(failure: Failure, message: str, field: str = "") -> Exception:
@@ -87,78 +80,6 @@ def raised(failure: Failure, message: str, field: str = "") -> Exception:
             return errors.EngineBug(message, field=field)
 
 
-class Ticket:
-    """One request in flight. A context manager: leaving it before the end aborts the request in the engine.
-
-    names:  what the caller calls the members of its adapter, by what the engine's messages call them
-    """
-
-    def __init__(self, relay: "Relay", submit: Submit, names: Mapping[str, str]) -> None:
-        self.submit = submit
-        self._names = names
-        self.waiting = True
-        self.ended = False
-        self.received = 0
-        self.began_s = self.last_s = time.monotonic()
-        self._relay = relay
-        self._tokens: list[int] = []
-        self._finish: FinishReason | None = None
-        self._error: Exception | None = None
-        self._changed = asyncio.Event()
-
-    @property
-    def tokens_max(self) -> int:
-        """Most tokens that the request can come to hold."""
-        return len(self.submit.prompt) + self.submit.max_new_tokens
-
-    async def take(self) -> Progress:
-        """Wait for news and return all of it; raises the error that ended the request, after its last tokens."""
-        await self._changed.wait()
-        if self._error is not None and not self._tokens:
-            raise self._error
-        if self._error is None:
-            self._changed.clear()
-        progress = Progress(tuple(self._tokens), self._finish)
-        self._tokens.clear()
-        return progress
-
-    def add(self, tokens: tuple[int, ...], finish: FinishReason | None) -> None:
-        """Put news in the mailbox."""
-        self._tokens.extend(tokens)
-        self.received += len(tokens)
-        self._finish = finish
-        self._changed.set()
-
-    def named(self, message: str) -> str:
-        """What the engine says, in the words of the caller."""
-        for label, name in self._names.items():
-            message = message.replace(label, name)
-        return message
-
-    def fail(self, error: Exception) -> None:
-        """End the request with an error."""
-        self._error = error
-        self._changed.set()
-
-    def leave(self, outcome: str) -> None:
-        """End the request for whatever reason; only the first time counts."""
-        self._relay.leave(self, outcome)
-
-    def __enter__(self) -> "Ticket":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            outcome = self._finish.value if self._finish is not None else FinishReason.STOP.value
-        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
-            outcome = "cancelled"
-        else:
-            outcome = "deadline" if isinstance(error, errors.DeadlineExceeded) else "error"
-        self.leave(outcome)
-
-
 class Relay:
     """Everything in flight between the doors and one engine at a time."""
 
@@ -170,6 +91,8 @@ class Relay:
         self._limits = limits
         self._metrics = metrics
         self._tickets: dict[RequestId, Ticket] = {}
+        # tokens of requests that are not tickets yet
+        self._places: list[int] = []
         self._prepares: dict[Digest, asyncio.Future[AdapterReport]] = {}
         self._users: Counter[Digest] = Counter()
         self._left = asyncio.Event()
@@ -181,6 +104,11 @@ class Relay:
     def busy(self) -> bool:
         """Whether the engine owes somebody an event."""
         return bool(self._tickets or self._prepares)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that were taken and have not ended."""
+        return len(self._tickets) + len(self._places)
 
     def engine(self) -> EngineInfo:
         """What the running engine is; raises EngineRestarting while there is none."""
@@ -198,20 +126,27 @@ class Relay:
         if self.draining:
             raise errors.Draining("expected a serving server, got one that is stopping")
 
+    @contextmanager
+    def place(self, tokens: int) -> Iterator[None]:
+        """Stand in the queue with this many tokens while a request is made ready; raises Overloaded when it is full.
+
+        Who goes on to ``submit`` in the same breath finds the place still free.
+        """
+        self._check_room(tokens)
+        self._places.append(tokens)
+        self._count_waiting(1, tokens)
+        try:
+            yield
+        finally:
+            self._places.remove(tokens)
+            self._count_waiting(-1, -tokens)
+            self._left.set()
+
     def submit(self, submit: Submit, names: Mapping[str, str] = NO_NAMES) -> Ticket:
-        """Queue a request, or say why not. ``names`` as for its ticket."""
-        self.admit()
+        """Queue an admitted request, or say why not. ``names`` as for its ticket."""
         self.engine()
-        ticket = Ticket(self, submit, names)
-        requests, tokens = self._waiting_requests + 1, self._waiting_tokens + ticket.tokens_max
-        if requests > self._limits.requests_max:
-            raise errors.Overloaded(f"queue_requests_max is {self._limits.requests_max}, and as many wait")
-        # a request larger than the whole queue may wait alone: whether it can run is the engine's to say
-        if tokens > self._limits.tokens_max and self._waiting_requests:
-            raise errors.Overloaded(
-                f"request needs {ticket.tokens_max} tokens, "
-                f"queue_tokens_max leaves {self._limits.tokens_max - self._waiting_tokens}"
-            )
+        ticket = Ticket(submit, names, self.leave)
+        self._check_room(ticket.tokens_max)
         self._tickets[submit.id] = ticket
         self._users.update(submit.versions)
         self._count_waiting(1, ticket.tokens_max)
@@ -230,8 +165,10 @@ class Relay:
             self._users[digest] -= 1
             if not self._users[digest]:
                 del self._users[digest]
-        self._metrics.running(len(self._tickets) - self._waiting_requests)
+        self._metrics.running(self.in_flight - self._waiting_requests)
         self._metrics.finished(outcome, time.monotonic() - ticket.began_s, ticket.received)
+        if ticket.received:
+            self._metrics.decoded(ticket.last_s - ticket.first_s, ticket.received)
         self._left.set()
 
     async def unused(self, digest: Digest) -> None:
@@ -242,7 +179,7 @@ class Relay:
 
     async def idle(self) -> None:
         """Wait until no request is in flight."""
-        while self._tickets:
+        while self.in_flight:
             self._left.clear()
             await self._left.wait()
 
@@ -267,9 +204,8 @@ class Relay:
 
     def check(self) -> None:
         """Assert that what is counted is what is there."""
-        waiting = [ticket for ticket in self._tickets.values() if ticket.waiting]
-        assert len(waiting) == self._waiting_requests
-        assert sum(ticket.tokens_max for ticket in waiting) == self._waiting_tokens
+        waiting = [*self._places, *(ticket.tokens_max for ticket in self._tickets.values() if ticket.waiting)]
+        assert (len(waiting), sum(waiting)) == (self._waiting_requests, self._waiting_tokens)
         assert self._users == Counter(digest for t in self._tickets.values() for digest in t.submit.versions)
 
     def engine_ready(self, info: EngineInfo) -> None:
@@ -321,19 +257,15 @@ class Relay:
             return
         self._unqueue(ticket)
         ticket.ended = event.finish is not None
-        now_s = time.monotonic()
         if event.tokens:
-            if ticket.received == 0:
-                self._metrics.first_token(now_s - ticket.began_s)
-            else:
-                self._metrics.more_tokens(len(event.tokens), now_s - ticket.last_s)
-            ticket.last_s = now_s
+            ticket.count(len(event.tokens), self._metrics)
         ticket.add(event.tokens, event.finish)
 
     def _scheduled(self, event: Scheduled) -> None:
         self._metrics.scheduled(event.queue_s, event.adapter_wait_s)
         ticket = self._tickets.get(event.id)
         if ticket is not None:
+            ticket.scheduled_s = time.monotonic()
             self._unqueue(ticket)
 
     def _failed(self, event: Failed) -> None:
@@ -360,6 +292,14 @@ class Relay:
         elif report is not None:
             future.set_result(report)
 
+    def _check_room(self, tokens: int) -> None:
+        if self._waiting_requests >= self._limits.requests_max:
+            raise errors.Overloaded(f"queue_requests_max is {self._limits.requests_max}, and as many wait")
+        # a request larger than the whole queue may wait alone: whether it can run is the engine's to say
+        left = self._limits.tokens_max - self._waiting_tokens
+        if tokens > left and self._waiting_requests:
+            raise errors.Overloaded(f"request needs {tokens} tokens, queue_tokens_max leaves {left}")
+
     def _unqueue(self, ticket: Ticket) -> None:
         if ticket.waiting:
             ticket.waiting = False
@@ -369,4 +309,4 @@ class Relay:
         self._waiting_requests += requests
         self._waiting_tokens += tokens
         self._metrics.queued(self._waiting_requests, self._waiting_tokens)
-        self._metrics.running(len(self._tickets) - self._waiting_requests)
+        self._metrics.running(self.in_flight - self._waiting_requests)

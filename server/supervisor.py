@@ -15,7 +15,7 @@ from threading import Thread
 from typing import Protocol
 
 from weft.server.engine.config import EngineConfig
-from weft.server.engine.messages import Command, EngineInfo, Event, Ready, Shutdown, StartFailed
+from weft.server.engine.messages import Command, EngineInfo, Event, Ready, RestartCause, Shutdown, StartFailed
 from weft.server.spawned import enter
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Listener(Protocol):
 
     def engine_ready(self, info: EngineInfo) -> None: ...
     def engine_lost(self) -> None: ...
-    def engine_restarting(self) -> None: ...
+    def engine_restarting(self, cause: RestartCause) -> None: ...
     def deliver(self, events: list[Event]) -> None: ...
 
 
@@ -65,6 +65,7 @@ class EngineProcess:
         self.ready.add_done_callback(lambda done: done.cancelled() or done.exception())
         self.exited: asyncio.Future[int | None] = self._loop.create_future()
         self.heard_s = time.monotonic()
+        self.stalled = False
         self._listener = listener
         self._outbox: SimpleQueue[Command | None] = SimpleQueue()
         spawn = multiprocessing.get_context("spawn")
@@ -81,6 +82,14 @@ class EngineProcess:
     def pid(self) -> int | None:
         """Id of the process."""
         return self._process.pid
+
+    @property
+    def cause(self) -> RestartCause:
+        """Why it ended, if it has."""
+        if self.stalled:
+            return "stall"
+        served = self.ready.done() and self.ready.exception() is None
+        return "exit" if served else "start"
 
     def send(self, command: Command) -> None:
         """Queue a command; the engine may be gone, which its exit will tell."""
@@ -218,7 +227,7 @@ class Supervisor:
                 self.gave_up.set_result(f"the engine ended {failures} times in a row, last exit code {exitcode}")
                 return
             await asyncio.sleep(min(self._policy.backoff_s * 2 ** (failures - 1), self._policy.backoff_s_max))
-            self._listener.engine_restarting()
+            self._listener.engine_restarting(engine.cause)
             engine = self._spawn()
             try:
                 await asyncio.shield(engine.ready)
@@ -239,4 +248,5 @@ class Supervisor:
                 engine.heard_s = time.monotonic()
             elif time.monotonic() - engine.heard_s > self._policy.stall_s_max:
                 logger.error("the engine said nothing for %g s and is killed", self._policy.stall_s_max)
+                engine.stalled = True
                 engine.kill()

@@ -21,11 +21,27 @@ class Threads:
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
-            while not work.done():
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait([work])
+            await _ended(work)
+            raise
+
+    async def run_while_wanted(self, function: Callable[..., T], *arguments: object) -> T:
+        """As ``run``, but a call that has not begun when its caller is cancelled never does, and holds nobody up."""
+        job = self._executor.submit(function, *arguments)
+        work = asyncio.wrap_future(job)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            if not job.cancel():
+                await _ended(work)
             raise
 
     def close(self) -> None:
         """Wait for what runs and end the threads."""
         self._executor.shutdown(wait=True)
+
+
+async def _ended(work: asyncio.Future[T]) -> None:
+    """Wait, however often the caller is cancelled meanwhile."""
+    while not work.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait([work])

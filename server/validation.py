@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+from weft.adapters_store.entry import check_name
 from weft.proto.v1 import adapters_pb2, inference_pb2
 from weft.server.engine.messages import EngineInfo, Sampling
 from weft.server.errors import InvalidRequest, PromptTooLong, TokenizerMissing, UploadTooLarge
@@ -105,7 +106,7 @@ def _too_long(got: str, context_tokens: int, field: str) -> PromptTooLong:
 
 def _adapters(request: inference_pb2.GenerateRequest) -> tuple[tuple[str, float], ...]:
     if not request.adapters:
-        return ((request.adapter, 1.0),) if request.adapter else ()
+        return ((check_name(request.adapter, "adapter"), 1.0),) if request.adapter else ()
     if request.adapter:
         raise InvalidRequest("expected adapter or adapters, got both", field="adapters")
     if len(request.adapters) > ADAPTERS_MAX:
@@ -114,6 +115,7 @@ def _adapters(request: inference_pb2.GenerateRequest) -> tuple[tuple[str, float]
     for i, each in enumerate(request.adapters):
         if not each.name:
             raise InvalidRequest("expected the name of an adapter, got none", field=f"adapters[{i}].name")
+        check_name(each.name, f"adapters[{i}].name")
         if not isfinite(each.weight):
             text = f"weight must be finite, got {each.weight}"
             raise InvalidRequest(text, field=f"adapters[{i}].weight")
@@ -185,6 +187,7 @@ def _chat(chat: inference_pb2.ChatMessages, tokenizer: Tokenizer | None, context
 
 def read_header(header: adapters_pb2.AdapterHeader, adapter_bytes_max: int) -> bytes | None:
     """Check the header of an upload; return the sha256 that it announces, None when it announces none."""
+    check_name(header.name, "header.name")
     if len(header.config) > CONFIG_BYTES_MAX:
         text = f"config must be at most {CONFIG_BYTES_MAX} bytes, got {len(header.config)}"
         raise InvalidRequest(text, field="header.config")

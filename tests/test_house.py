@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from weft.adapters_store.formats import PARSERS, served
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("proto", "kernels", "adapters_store", "server", "bench")
 MAY_IMPORT = {
@@ -20,9 +22,18 @@ MAY_IMPORT = {
     "client": {"client", "proto"},
     "bench": {"bench", "server", "adapters_store", "kernels", "proto", "client"},
 }
-METHODS = re.compile(
-    r"\b(q?lora|rslora|dora|krona|lokr|loha|ia3|vera|compacter|houlsby|pfeiffer|bitfit)\b", re.IGNORECASE
-)
+# methods named like what arithmetic is full of
+ORDINARY = {"bottleneck", "dense", "far", "miss", "norm", "parallel", "rows", "said", "sparse", "union"}
+
+
+def method_names() -> re.Pattern[str]:
+    """Every method that a parser serves, as its files and its paper call it, alone or as part of a name."""
+    names = {method.removeprefix("X_").lower() for method in PARSERS}
+    for each in served():
+        if one := re.fullmatch(r"([A-Za-z0-9-]+)( adapter)?", each.name):
+            names.add(one[1].lower().replace("-", "_?"))
+    # an underscore ends a name as a space does
+    return re.compile(rf"(?<![a-z0-9])({'|'.join(sorted(names - ORDINARY))})s?(?![a-z0-9])", re.IGNORECASE)
 
 
 def tracked(pattern: str = "*") -> list[Path]:
@@ -73,14 +84,26 @@ def test_the_engine_knows_nothing_of_grpc():
 
 
 def test_no_method_is_known_to_engine_backbone_or_kernels():
-    wrong = {}
+    wrong, methods = {}, method_names()
     for path in sources("server", "kernels"):
         parts = path.relative_to(ROOT).parts
         if parts[0] == "kernels" or parts[1] in ("engine", "backbone"):
-            found = METHODS.findall(path.read_text())
+            found = methods.findall(path.read_text())
             if found:
                 wrong[str(path.relative_to(ROOT))] = found
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    "text", ["lora_x", "apply_dora(", "x = IA3", "prefix_tuning", "ln_tuning", "rsLoRA", "houlsby", "QALoRA", "boft"]
+)
+def test_a_method_is_known_by_any_of_its_spellings(text):
+    assert method_names().search(text)
+
+
+@pytest.mark.parametrize("text", ["explorations", "as far as that", "rows", "a miss", "often", "a soft cap"])
+def test_ordinary_words_are_no_methods(text):
+    assert not method_names().search(text)
 
 
 def test_a_file_fits_in_one_sitting():

@@ -1,6 +1,7 @@
 """Load a backbone from a local folder or a hub name: safetensors only, never code that comes with a model."""
 
 import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -52,7 +53,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
 
     Raises BackboneNotFound or UnsupportedBackbone with what to do about it.
     """
-    transformers_logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(

@@ -28,7 +28,8 @@ class GenerateOptions(TypedDict, total=False):
     temperature     in [0, 100]; 0 is greedy
     top_k           keep only the k most likely tokens; 0 keeps all
     top_p           keep the smallest set of tokens that reaches this probability, in (0, 1]
-    seed            the same seed gives the same tokens whatever else is in the batch
+    seed            the same seed draws the same random numbers whatever else is in the batch: the same tokens where
+                    the logits are equal, which batches of other shapes may round differently
     stop            generation ends before the first of these strings
     ignore_eos      go on past end-of-sequence tokens
     request_id      names the request in the server's logs

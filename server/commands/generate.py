@@ -31,7 +31,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--temperature", type=float, metavar="T", help="softmax temperature; 0 is greedy")
     parser.add_argument("--top-k", type=int, metavar="K", help="keep the k most likely tokens; 0 keeps all")
     parser.add_argument("--top-p", type=float, metavar="P", help="keep tokens up to this probability, in (0, 1]")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same tokens")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the request's random numbers")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
     )

@@ -17,7 +17,7 @@ def add_parsers(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     config.add_arguments(serve)
     serve.set_defaults(run=run_serve)
 
-    text = "start a server on the small backbone that weft ships, and let adapters of sixteen methods answer at once"
+    text = "start a server on the small backbone that weft ships, and let adapters of many methods answer at once"
     demo = commands.add_parser("demo", help=text, description=text)
     demo.add_argument("--keep", action="store_true", help="leave the server running and say how to talk to it")
     demo.add_argument("--json", action="store_true", help="print one JSON object instead of text")

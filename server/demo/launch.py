@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 READY = re.compile(r"^weft ready grpc=(?P<grpc>\S+) metrics=(?P<metrics>\S+)$", re.MULTILINE)
+FULLEST = re.compile(r"^weft_batch_(rows|adapters)_max (\S+)$", re.MULTILINE)
 READY_S_MAX = 120.0
+METRICS_S_MAX = 10.0
 STOP_S_MAX = 60.0
 POLL_S = 0.05
 LOG_LINES_SHOWN = 15
@@ -39,6 +42,24 @@ class Server:
             raise DemoFailed(f"expected the server to stop within {STOP_S_MAX:g} s of SIGTERM, got none") from None
         if status != 0:
             raise DemoFailed(f"expected the server to end with 0, got {status}\n{_log(self.folder)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Fullest:
+    """The most that one step of the engine has held: rows (tokens of prompts and of answers), distinct adapters."""
+
+    rows: int
+    adapters: int
+
+
+def fullest_step(metrics: str) -> Fullest:
+    """Ask the server at this address of its metrics; raises DemoFailed when it does not tell."""
+    try:
+        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=METRICS_S_MAX) as page:
+            found = dict(FULLEST.findall(page.read().decode()))
+        return Fullest(rows=int(float(found["rows"])), adapters=int(float(found["adapters"])))
+    except (OSError, KeyError) as error:
+        raise DemoFailed(f"expected metrics of the fullest step at {metrics}, got {error!r}") from None
 
 
 def start(model: Path, folder: Path, *options: str) -> Server:

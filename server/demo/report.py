@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 from rich.table import Table
@@ -11,17 +12,19 @@ from rich.text import Text
 from weft.server.commands.info import memory_line
 from weft.server.commands.terminal import Terminal, table
 from weft.server.demo import tasks
-from weft.server.demo.launch import Server
+from weft.server.demo.launch import Fullest, Server
 from weft.server.demo.play import LateArrival, Outcome, Score
 
+LINE_CHARACTERS = 120
+INDENT = " " * len("accuracy   ")
 GOOD, BAD = "green", "bold red"
 
 
-def tell(terminal: Terminal, outcome: Outcome) -> None:
+def tell(terminal: Terminal, outcome: Outcome, fullest: Fullest) -> None:
     """Print everything but where to look next."""
     terminal.table(answers_table(outcome.scores))
     terminal.line("")
-    for line in (*summary(outcome), ""):
+    for line in (*summary(outcome, fullest), ""):
         terminal.line(line)
 
 
@@ -46,8 +49,24 @@ def _method(each: Score) -> str:
     """What the method is called, for those who do not know the names of file formats."""
     if each.adapter is None:
         return "-"
-    known = next((known for known in tasks.DEMO_ADAPTERS if known.name == each.name), None)
+    known = _known(each)
     return each.adapter.method if known is None else f"{known.method} {known.detail}".rstrip()
+
+
+def _known(each: Score) -> tasks.DemoAdapter | None:
+    return next((known for known in tasks.DEMO_ADAPTERS if known.name == each.name), None)
+
+
+def by_method(scores: tuple[Score, ...]) -> dict[str, tuple[int, int]]:
+    """Right answers and questions of each method, all its adapters together."""
+    found: dict[str, tuple[int, int]] = {}
+    for each in scores:
+        if each.adapter is not None:
+            known = _known(each)
+            method = each.adapter.method if known is None else known.method
+            right, asked = found.get(method, (0, 0))
+            found[method] = (right + each.right, asked + each.asked)
+    return found
 
 
 def _verdict(each: Score) -> Text:
@@ -58,18 +77,20 @@ def _verdict(each: Score) -> Text:
     return Text(f"wrong: {each.example.question.expected}", style=BAD)
 
 
-def summary(outcome: Outcome) -> list[str]:
-    """Accuracy, speed, memory, and what happened while the stream ran."""
+def summary(outcome: Outcome, fullest: Fullest) -> list[str]:
+    """Accuracy, batch, speed, memory, and what happened while the stream ran."""
     served = [each for each in outcome.scores if each.adapter is not None]
     right, asked = sum(each.right for each in served), sum(each.asked for each in served)
     requests = sum(each.asked for each in outcome.scores)
-    names = {adapter.name: adapter.method for adapter in tasks.DEMO_ADAPTERS}
-    methods = len({names.get(each.name, each.name) for each in served})
+    methods = by_method(outcome.scores)
+    adapters = f"{len(served)} adapters of {len(methods)} methods"
     lines = [
-        f"accuracy   {right / asked:.1%} of {asked} held-out requests to {len(served)} adapters of {methods} methods, "
-        f"in one mixed batch of {requests} with the bare backbone",
+        f"accuracy   {right / asked:.1%} of {asked} held-out requests to {adapters}:",
+        *_method_lines(methods),
+        f"batch      {requests} requests sent at once, {requests - asked} of them to the bare backbone; "
+        f"the fullest step had {fullest.rows:,} rows and {fullest.adapters} adapters",
         f"speed      {outcome.batch_tokens / outcome.batch_s:,.0f} tokens/s: "
-        f"{outcome.batch_tokens:,} tokens in {outcome.batch_s:.2f} s, all requests sent at once",
+        f"{outcome.batch_tokens:,} tokens in {outcome.batch_s:.2f} s",
         f"memory     {memory_line(outcome.info)}",
         f"live       {_late_line(outcome.late)}",
     ]
@@ -82,6 +103,14 @@ def summary(outcome: Outcome) -> list[str]:
     if not outcome.late.passed:
         lines.append(f"FAILED     {outcome.late.adapter}: expected a right answer before the stream ended")
     return lines
+
+
+def _method_lines(methods: dict[str, tuple[int, int]]) -> list[str]:
+    """The accuracy of each method, as many to a line as fit."""
+    # spaces where no line may end
+    glued = (f"{name} {100 * right / asked:.0f} %".replace(" ", "\xa0") for name, (right, asked) in methods.items())
+    lines = textwrap.wrap(", ".join(glued), LINE_CHARACTERS, initial_indent=INDENT, subsequent_indent=INDENT)
+    return [line.replace("\xa0", " ") for line in lines]
 
 
 def _late_line(late: LateArrival) -> str:
@@ -97,8 +126,8 @@ def where_next(server: Server | None) -> list[str]:
     weft, assets = _weft(), _shown(tasks.ASSETS_DIR)
     lines = ["Where to look next:"]
     if server is None:
-        lines.append(f"  {weft} serve --model {assets / 'backbone'} --dtype float32")
-        lines.append(f"  {weft} adapters add reverse {assets / 'adapters' / 'reverse-lora-r2'}")
+        lines.append(f"  {weft} serve --model {assets / 'backbone'} --dtype float32 &")
+        lines.append(f"  {weft} adapters add --wait 60 reverse {assets / 'adapters' / 'reverse-lora-r2'}")
         lines.append(f"  {weft} generate --adapter reverse --prompt hello=")
     else:
         lines.append(f"  {weft} adapters list --server {server.grpc}")
@@ -109,7 +138,7 @@ def where_next(server: Server | None) -> list[str]:
     return lines
 
 
-def for_programs(outcome: Outcome, server: Server | None, seconds: float) -> dict[str, object]:
+def for_programs(outcome: Outcome, fullest: Fullest, server: Server | None, seconds: float) -> dict[str, object]:
     """The same as one JSON object; sizes in bytes."""
     rows = [
         {
@@ -132,6 +161,10 @@ def for_programs(outcome: Outcome, server: Server | None, seconds: float) -> dic
         "passed": outcome.passed,
         "seconds": round(seconds, 3),
         "rows": rows,
+        "methods": {
+            name: {"right": right, "asked": asked} for name, (right, asked) in by_method(outcome.scores).items()
+        },
+        "fullest_step": fullest,
         "batch": {
             "requests": sum(each.asked for each in outcome.scores),
             "tokens": outcome.batch_tokens,

@@ -1,4 +1,4 @@
-"""``weft demo``: a real server on the backbone that weft ships, adapters of sixteen methods, one mixed batch."""
+"""``weft demo``: a real server on the backbone that weft ships, adapters of many methods, asked all at once."""
 
 import asyncio
 import shutil
@@ -12,8 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from weft.server.commands.terminal import Terminal
 from weft.server.demo import report, tasks
-from weft.server.demo.launch import DemoFailed, Server, start
+from weft.server.demo.launch import DemoFailed, Server, fullest_step, start
 from weft.server.demo.play import Outcome, play
+
+# room in one step for all that the demonstration asks at once
+OPTIONS = ("--dtype", "float32", "--batch-requests-max", "512", "--batch-tokens-max", "4096")
 
 
 def demonstrate(terminal: Terminal, *, keep: bool) -> int:
@@ -30,12 +33,13 @@ def _demonstrate(terminal: Terminal, *, keep: bool) -> int:
     with _server(terminal, keep=keep) as server:
         terminal.note(f"a server is ready at {server.grpc} after {time.monotonic() - began_s:.1f} s")
         outcome = _play(terminal, server)
+        fullest = fullest_step(server.metrics)
         if not terminal.as_json:
-            report.tell(terminal, outcome)
+            report.tell(terminal, outcome, fullest)
     kept = server if keep else None
     seconds = time.monotonic() - began_s
     if terminal.as_json:
-        terminal.json(report.for_programs(outcome, kept, seconds))
+        terminal.json(report.for_programs(outcome, fullest, kept, seconds))
     else:
         for line in report.where_next(kept):
             terminal.line(line)
@@ -51,7 +55,7 @@ def _server(terminal: Terminal, *, keep: bool) -> Iterator[Server]:
     kept = False
     try:
         with terminal.err.status("starting weft serve on the backbone that weft ships"):
-            server = start(tasks.ASSETS_DIR / "backbone", folder, "--dtype", "float32")
+            server = start(tasks.ASSETS_DIR / "backbone", folder, *OPTIONS)
         try:
             yield server
             kept = keep

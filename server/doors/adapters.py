@@ -57,7 +57,7 @@ class AdapterService:
     ) -> RegisterAdapterResponse:
         """Take an upload; one of a limited number at a time."""
         self._relay.admit()
-        duration_s = min(self._duration_s_max, call.remaining_s or self._duration_s_max)
+        duration_s = call.time_s(self._duration_s_max)
         try:
             async with asyncio.timeout(duration_s):
                 header = await self._header(requests)

@@ -8,7 +8,7 @@ import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 
 from weft.proto.v1 import adapters_pb2, inference_pb2, server_pb2
-from weft.server.config import ConfigError, ServerConfig, parse_address
+from weft.server.config import ConfigError, ServerConfig, parse_address, shown_address
 from weft.server.doors import health, reflection
 from weft.server.doors.adapters import AdapterService
 from weft.server.doors.edge import MESSAGE_BYTES_MAX, Edge, paths
@@ -73,7 +73,7 @@ def build(config: ServerConfig, edge: Edge, servicers: Servicers) -> Any:
 def bind(server: Any, config: ServerConfig) -> int:
     """Open the door's port and return its number; raises ConfigError when it cannot be had."""
     host, port = parse_address(config.listen, "listen")
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = shown_address(host, port)
     try:
         if not config.tls_certificate_file:
             return int(server.add_insecure_port(address))

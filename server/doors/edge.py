@@ -21,7 +21,7 @@ from grpc import StatusCode
 
 from weft.server.doors.auth import Bearer
 from weft.server.doors.status import Verdict, verdict
-from weft.server.errors import AnswerTooLarge, MalformedMessage, SlowConsumer
+from weft.server.errors import AnswerTooLarge, DeadlineExceeded, MalformedMessage, SlowConsumer
 from weft.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,14 @@ class Call:
     """What a handler knows of its call besides the message: seconds until the caller gives up, None for never."""
 
     remaining_s: float | None
+
+    def time_s(self, longest_s: float) -> float:
+        """Seconds that the call may take, ``longest_s`` at most; raises DeadlineExceeded when none are left."""
+        if self.remaining_s is None:
+            return longest_s
+        if self.remaining_s <= 0:
+            raise DeadlineExceeded(f"expected a deadline that lies ahead, got one {-self.remaining_s:g} s ago")
+        return min(longest_s, self.remaining_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +111,8 @@ class Edge:
     def _handler(self, descriptor: MethodDescriptor, handle: Callable[..., Any], guarded: bool) -> object:
         path = f"{descriptor.containing_service.full_name}/{descriptor.name}"
         method = Method(path, GetMessageClass(descriptor.input_type), guarded)
+        if descriptor.server_streaming:
+            self._metrics.streaming(path, 0)
         # no (de)serializers: grpc.aio answers UNKNOWN and the exception's text when they fail
         if descriptor.client_streaming and descriptor.server_streaming:
             return grpc.stream_stream_rpc_method_handler(self._stream_stream(method, handle))
@@ -127,7 +137,7 @@ class Edge:
     ) -> Callable[[bytes, Context], Awaitable[None]]:
         async def call(raw: bytes, context: Context) -> None:
             async with self._guard(method, context) as this:
-                await self._send(handle(method.decode(raw), this), context)
+                await self._send(method, handle(method.decode(raw), this), context)
 
         return call
 
@@ -146,13 +156,13 @@ class Edge:
     ) -> Callable[[AsyncIterator[bytes], Context], Awaitable[None]]:
         async def call(raw: AsyncIterator[bytes], context: Context) -> None:
             async with self._guard(method, context) as this:
-                await self._send(handle(method.decode_all(raw), this), context)
+                await self._send(method, handle(method.decode_all(raw), this), context)
 
         return call
 
-    async def _send(self, messages: AsyncGenerator[Message, None], context: Context) -> None:
+    async def _send(self, method: Method, messages: AsyncGenerator[Message, None], context: Context) -> None:
         """Write a handler's messages; whoever does not read them for too long loses the stream."""
-        async with aclosing(messages):
+        async with self._counted(method), aclosing(messages):
             async for message in messages:
                 try:
                     async with asyncio.timeout(self._write_stall_s_max):
@@ -160,6 +170,14 @@ class Edge:
                 except TimeoutError:
                     limit = self._write_stall_s_max
                     raise SlowConsumer(f"expected the stream to be read, got nothing read for {limit:g} s") from None
+
+    @asynccontextmanager
+    async def _counted(self, method: Method) -> AsyncIterator[None]:
+        self._metrics.streaming(method.path, +1)
+        try:
+            yield
+        finally:
+            self._metrics.streaming(method.path, -1)
 
     @asynccontextmanager
     async def _guard(self, method: Method, context: Context) -> AsyncIterator[Call]:

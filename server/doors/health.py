@@ -2,17 +2,20 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListRequest, HealthListResponse
 
 from weft.server.doors.edge import Call
-from weft.server.errors import ServiceUnknown
+from weft.server.errors import Overloaded, ServiceUnknown
 
 SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"]
 SERVING = HealthCheckResponse.SERVING
 NOT_SERVING = HealthCheckResponse.NOT_SERVING
 SERVICE_UNKNOWN = HealthCheckResponse.SERVICE_UNKNOWN
+# a watch never ends and asks for no token: strangers must not take the places of callers
+WATCHES_MAX = 256
 
 
 class Health:
@@ -22,6 +25,7 @@ class Health:
         self._statuses = dict(statuses)
         self._changed = asyncio.Event()
         self._ended = False
+        self._watches = 0
 
     def set(self, statuses: Mapping[str, bool]) -> None:
         """Change statuses; whoever watches hears the last one, not every one."""
@@ -48,12 +52,23 @@ class Health:
 
     async def Watch(self, request: HealthCheckRequest, call: Call) -> AsyncGenerator[HealthCheckResponse, None]:
         """Send the status now and whenever it changes; also of services that do not exist yet."""
+        if self._watches >= WATCHES_MAX:
+            raise Overloaded(f"expected at most {WATCHES_MAX} who watch, got one more")
+        self._watches += 1
+        try:
+            async with aclosing(self._changes(request.service)) as changes:
+                async for each in changes:
+                    yield HealthCheckResponse(status=each)
+        finally:
+            self._watches -= 1
+
+    async def _changes(self, service: str) -> AsyncGenerator[HealthCheckResponse.ServingStatus, None]:
         last = None
         while True:
             changed = self._changed
-            status = self._status(request.service)
+            status = self._status(service)
             if status != last:
-                yield HealthCheckResponse(status=status)
+                yield status
                 last = status
             if self._ended:
                 return

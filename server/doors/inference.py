@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from weft.adapters_store.errors import AdapterInvalid
 from weft.proto.v1.inference_pb2 import (
     Delta,
     EffectiveParams,
@@ -25,9 +26,10 @@ from weft.server.engine import messages
 from weft.server.engine.messages import EngineInfo, Submit
 from weft.server.errors import DeadlineExceeded, InvalidRequest
 from weft.server.registration import Registrar
-from weft.server.relay import Relay, Ticket
+from weft.server.relay import Relay
 from weft.server.text import Tokenizer
 from weft.server.threads import Threads
+from weft.server.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -97,21 +99,21 @@ class InferenceService:
         """Answer with the completion as it grows."""
         with _fields_under("request"):
             job = await self._admit(request.request, call)
-        with job.ticket:
-            async with job.completion as completion:
-                yield StreamGenerateResponse(started=job.started)
-                finish = None
-                while finish is None:
-                    piece = await completion.take()
-                    if piece.tokens or piece.text:
-                        yield StreamGenerateResponse(delta=Delta(text=piece.text, token_ids=piece.tokens))
-                    finish = piece.finish
-        yield StreamGenerateResponse(finished=Finished(reason=REASONS[finish], usage=job.usage()))
+            with job.ticket:
+                async with job.completion as completion:
+                    yield StreamGenerateResponse(started=job.started)
+                    finish = None
+                    while finish is None:
+                        piece = await completion.take()
+                        if piece.tokens or piece.text:
+                            yield StreamGenerateResponse(delta=Delta(text=piece.text, token_ids=piece.tokens))
+                        finish = piece.finish
+            yield StreamGenerateResponse(finished=Finished(reason=REASONS[finish], usage=job.usage()))
 
     async def _admit(self, request: GenerateRequest, call: Call) -> Job:
         """Validate a request and queue it; nothing is held before, and nothing waits after."""
         self._relay.admit()
-        duration_s = min(self._duration_s_max, call.remaining_s or self._duration_s_max)
+        duration_s = call.time_s(self._duration_s_max)
         expires_s = asyncio.get_running_loop().time() + duration_s
         info = self._relay.engine()
         wish = validation.read_wish(request, info, self._tokenizer)
@@ -145,12 +147,16 @@ class InferenceService:
         return Job(ticket, Completion(ticket, self._tokenizer, wish.stops, duration_s, expires_s), started)
 
     async def _encode(self, request: GenerateRequest, info: EngineInfo, duration_s: float) -> tuple[int, ...]:
-        """Encode the prompt, beside the event loop when it is long."""
-        if validation.prompt_bytes(request) <= ENCODE_BYTES_MAX:
+        """Encode the prompt, beside the event loop when it is long; meanwhile it waits in the queue."""
+        size = validation.prompt_bytes(request)
+        if size <= ENCODE_BYTES_MAX:
             return validation.read_prompt(request, info, self._tokenizer)
+        read = validation.read_prompt
         try:
-            async with asyncio.timeout(duration_s):
-                return await self._threads.run(validation.read_prompt, request, info, self._tokenizer)
+            # a token has a byte at least, and what does not fit the context is refused
+            with self._relay.place(min(size, info.context_tokens)):
+                async with asyncio.timeout(duration_s):
+                    return await self._threads.run_while_wanted(read, request, info, self._tokenizer)
         except TimeoutError:
             raise DeadlineExceeded(f"prompt was not encoded after {duration_s:g} s") from None
 
@@ -160,6 +166,6 @@ def _fields_under(parent: str) -> Iterator[None]:
     """Name the fields of a nested message as the caller sees them."""
     try:
         yield
-    except InvalidRequest as error:
+    except (InvalidRequest, AdapterInvalid) as error:
         error.field = f"{parent}.{error.field}" if error.field else parent
         raise

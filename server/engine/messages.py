@@ -5,13 +5,17 @@ Knows nothing of gRPC, torch or the store. Weights never cross: they lie in the 
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NewType
+from typing import Literal, NewType
 
 from weft.adapters_store.report import AdapterReport
 from weft.adapters_store.sites import CatalogueInfo
 
 RequestId = NewType("RequestId", str)
 Digest = NewType("Digest", str)
+
+
+# why an engine is started again: it ended, it never came to serve, or it was silent for too long
+RestartCause = Literal["exit", "start", "stall"]
 
 
 class FinishReason(Enum):

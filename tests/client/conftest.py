@@ -11,6 +11,12 @@ from tests.client.fake_server import FakeServer
 WEIGHTS = bytes(range(256)) * 4096 * 2 + b"tail"
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables as wide as in a file, whatever terminal or runner the tests run under."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
     """A fresh fake server."""

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import grpc
@@ -304,6 +305,31 @@ def start(server: FakeServer, *words: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_command_may_wait_for_the_server(weft, server):
+    server.serving = False
+    threading.Timer(0.2, lambda: setattr(server, "serving", True)).start()
+    assert weft("adapters", "list", "--wait", "10")[0] == 0
+    assert server.calls["Check"] >= 2
+    checks = server.calls["Check"]
+    assert weft("adapters", "list")[0] == 0
+    assert server.calls["Check"] == checks
+
+
+def test_a_server_that_does_not_come_is_told_after_the_wait(capsys):
+    assert cli.main(["info", "--wait", "0.3", "--server", "127.0.0.1:1"]) == 1
+    err = capsys.readouterr().err
+    assert "127.0.0.1:1" in err
+    assert "status: DEADLINE_EXCEEDED" in err
+
+
+@pytest.mark.parametrize("text", ["-1", "inf", "nan", "soon"])
+def test_what_is_no_time_to_wait_is_refused(text, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["info", f"--wait={text}"])
+    assert ended.value.code == 2
+    assert "--wait" in capsys.readouterr().err
 
 
 def test_an_interrupt_ends_the_stream_and_prints_no_trace(server):

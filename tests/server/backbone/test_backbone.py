@@ -1,5 +1,7 @@
 """The backbone: which sites it finds, what it refuses, and that nothing is held twice."""
 
+import io
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.utils import logging as transformers_logging
 
 from tests.support.backbones import COMMON, FAMILIES, VOCABULARY, build
 from weft.server.backbone import sites
@@ -168,3 +171,13 @@ def test_a_processor_that_cannot_pack_bfloat16_multiplies_it_as_it_is(monkeypatc
     supported = lambda: False  # noqa: E731
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", supported)
     assert pack(torch.randn(8, 16).bfloat16()) is None
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_how_far_loading_is_and_a_log_does_not(terminal, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    transformers_logging.enable_progress_bar()
+    with pytest.raises(BackboneNotFound):
+        load_model(str(tmp_path / "none"), torch.float32, torch.device("cpu"))
+    assert transformers_logging.is_progress_bar_enabled() is terminal

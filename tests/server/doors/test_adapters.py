@@ -1,5 +1,6 @@
 """The names of the store over a socket: pages, deletion under load, and another backbone under the same store."""
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -160,9 +161,11 @@ def write_adapter(folder: Path, seed: int) -> Path:
     return folder
 
 
-def test_adapters_named_at_the_start_are_registered_before_the_server_is_ready(tmp_path):
+def test_adapters_named_at_the_start_are_registered_before_the_server_is_ready(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     one, two = write_adapter(tmp_path / "one", 1), write_adapter(tmp_path / "two", 2)
     with running(tmp_path, adapter=(f"a={one}", f"b={two}")) as server:
+        assert "registering b, adapter 2 of 2" in caplog.text
         assert server.generate(ids=[5], adapter="a", max_new_tokens=1).text == "A"
         first = server.get("a").digest
     # the folder decides, whatever the store says

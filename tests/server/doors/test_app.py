@@ -114,7 +114,7 @@ def turned_away(channel) -> bool:
 def test_it_says_what_serves_and_where_and_ends_with_zero(tmp_path):
     with serving(tmp_path) as server:
         server.ready()
-        for word in ("fake", "123 parameters", "float32", "kernels torch on cpu", "MiB"):
+        for word in ("loading ", "fake", "123 parameters", "float32", "kernels torch on cpu", "MiB"):
             assert word in server.output
         assert "warning" not in server.output
         assert server.stop(signal.SIGTERM) == 0
@@ -145,8 +145,10 @@ def test_draining_does_not_wait_for_ever(tmp_path):
         with pytest.raises(grpc.RpcError) as failed:
             next(stuck)
         assert refusal(failed.value).reason == "DRAINING"
-        assert server.process.wait(10) == 0
+        assert server.process.wait(10) == 1
         assert 0.5 < time.monotonic() - began < 5
+        server.thread.join()
+    assert "weft: cut off after drain_timeout_s 0.5: 1 in flight\n" in server.output
 
 
 def test_a_watcher_of_health_hears_of_the_drain_and_does_not_hold_it_up(tmp_path):
@@ -213,7 +215,8 @@ def test_an_engine_that_cannot_start_ends_with_78_and_one_line(tmp_path):
     with serving(tmp_path) as server:
         assert server.process.wait(10) == os.EX_CONFIG
         server.thread.join()
-    assert server.output == "weft: dtype must be float32, got something else\n"
+    loading = f"loading {tmp_path / 'backbone'}\n"
+    assert server.output == f"{loading}weft: dtype must be float32, got something else\n"
 
 
 @pytest.mark.parametrize(
@@ -288,6 +291,8 @@ def test_a_server_out_of_file_descriptors_serves_who_is_connected_and_recovers(t
     ("options", "count"),
     [
         ({"listen": "127.0.0.1:1"}, 0),
+        ({"metrics_listen": "0.0.0.0:1"}, 1),
+        ({"metrics_listen": "[::]:1", "listen": "[::]:2"}, 3),
         ({"listen": "localhost:1"}, 0),
         ({"listen": "[::1]:1"}, 0),
         ({"listen": "0.0.0.0:1"}, 2),

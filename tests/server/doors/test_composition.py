@@ -68,7 +68,7 @@ WRONG: dict[str, tuple[dict[str, Any], grpc.StatusCode, str, str]] = {
     "no_name": ({"adapters": named("a", "")}, INVALID, "INVALID_REQUEST", "adapters[1].name"),
     "nan": ({"adapters": named("a", ("b", float("nan")))}, INVALID, "INVALID_REQUEST", "adapters[1].weight"),
     "infinite": ({"adapters": named(("a", float("-inf")))}, INVALID, "INVALID_REQUEST", "adapters[0].weight"),
-    "path": ({"adapters": named("a", "../b")}, INVALID, "ADAPTER_INVALID", "name"),
+    "path": ({"adapters": named("a", "../b")}, INVALID, "ADAPTER_INVALID", "adapters[1].name"),
     "unknown": ({"adapters": named("a", "ghost")}, NOT_FOUND, "ADAPTER_NOT_FOUND", ""),
     "unknown_of_weight_0": ({"adapters": named("a", ("ghost", 0.0))}, NOT_FOUND, "ADAPTER_NOT_FOUND", ""),
 }

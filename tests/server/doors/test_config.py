@@ -2,10 +2,20 @@
 
 import argparse
 import dataclasses
+import subprocess
 
 import pytest
 
-from weft.server.config import ConfigError, ServerConfig, add_arguments, from_args, parse_address, parse_bytes
+from weft.server import version
+from weft.server.config import (
+    ConfigError,
+    ServerConfig,
+    add_arguments,
+    from_args,
+    parse_address,
+    parse_bytes,
+    shown_address,
+)
 from weft.server.engine.config import EngineConfig
 from weft.server.version import VERSION
 
@@ -89,6 +99,29 @@ def test_values_out_of_bounds_are_refused_by_name(fields, name):
 
 def test_addresses_may_be_ipv6():
     assert parse_address("[::1]:80", "listen") == ("::1", 80)
+
+
+@pytest.mark.parametrize("text", ["[::1]:80", "127.0.0.1:80", "localhost:80"])
+def test_an_address_is_shown_as_it_is_read(text):
+    assert shown_address(*parse_address(text, "listen")) == text
+
+
+def test_a_request_that_may_run_may_also_finish():
+    config = ServerConfig(model="m")
+    assert config.drain_timeout_s >= config.request_duration_s_max
+
+
+def test_the_commit_is_the_one_of_the_checkout_and_of_no_folder_around_it(monkeypatch, tmp_path):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-mx"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    head = subprocess.run(["git", "-C", str(tmp_path), "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    monkeypatch.setattr(version, "ROOT", tmp_path)
+    assert len(version.commit()) >= 7
+    assert head.stdout.startswith(version.commit())
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(version, "ROOT", tmp_path / "site-packages")
+    assert version.commit() == ""
 
 
 def test_the_engine_is_told_its_part():

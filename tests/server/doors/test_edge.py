@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2
 from tests.server.doors.harness import Running, refusal, refused, running, until
 from weft.proto.v1 import inference_pb2, server_pb2
 from weft.server.doors import door
+from weft.server.doors import health as health_door
 from weft.server.doors.edge import MESSAGE_BYTES_MAX
 
 KINDS = {
@@ -182,6 +183,33 @@ def test_a_watcher_hears_changes_and_an_unknown_service_is_unknown(server):
         assert next(stream).status == expected
     stream.cancel()
     other.cancel()
+
+
+def test_those_who_watch_cannot_take_the_places_of_callers(server, monkeypatch):
+    monkeypatch.setattr(health_door, "WATCHES_MAX", 2)
+    watch = server.channel.unary_stream(f"{HEALTH}/Watch")
+    streams = [watch(b"", timeout=10) for _ in range(2)]
+    for each in streams:
+        next(each)
+    with pytest.raises(grpc.RpcError) as failed:
+        next(watch(b"", timeout=10))
+    told = refusal(failed.value)
+    assert (told.code, told.reason, told.retry_after_s) == (grpc.StatusCode.UNAVAILABLE, "OVERLOADED", 1.0)
+    for each in streams:
+        each.cancel()
+    until(lambda: server.frontend.health._watches == 0)
+    assert next(watch(b"", timeout=10))
+
+
+@pytest.mark.parametrize(("path", "kind"), EVERY)
+def test_a_message_is_measured_after_it_is_unpacked(server, path, kind):
+    bomb = bytes(2 * MESSAGE_BYTES_MAX)
+    with grpc.insecure_channel(server.address, compression=grpc.Compression.Gzip) as channel:
+        call = getattr(channel, KINDS[kind])(path)
+        with pytest.raises(grpc.RpcError) as failed:
+            list(call(iter([bomb]) if kind[0] else bomb, timeout=10))
+    assert failed.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert server.generate(ids=[5], max_new_tokens=1).text == "a"
 
 
 def test_reflection_names_every_service_and_describes_it(server):

@@ -16,6 +16,7 @@ from weft.server.supervisor import EngineFailed, RestartPolicy
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 FAST = RestartPolicy(backoff_s=0.02, stop_s_max=1.0)
+RESTARTS = 'weft_engine_restarts_total{{cause="{}"}}'
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_everything_in_flight_is_told_within_a_second_and_then_it_serves_again(s
     # the store holds what was registered; nothing is registered again
     assert server.generate(ids=[5], adapter="kept", max_new_tokens=3).text == "ABC"
     page = server.scrape()
-    assert (page["weft_engine_restarts_total"], page["weft_engine_up"]) == (1, 1)
+    assert (page[RESTARTS.format("exit")], page["weft_engine_up"]) == (1, 1)
     assert (page["weft_requests_running"], page["weft_requests_waiting"]) == (0, 0)
 
 
@@ -107,6 +108,7 @@ def test_a_silent_engine_that_owes_answers_is_killed(tmp_path):
         assert refusal(failed.value).reason == "ENGINE_RESTARTING"
         until(lambda: health(server) == SERVING)
         assert server.generate(ids=[5], max_new_tokens=1).text == "a"
+        assert server.scrape()[RESTARTS.format("stall")] == 1
 
 
 def test_an_engine_that_keeps_dying_is_given_up(tmp_path):
@@ -117,7 +119,8 @@ def test_an_engine_that_keeps_dying_is_given_up(tmp_path):
         until(server.frontend.supervisor.gave_up.done)
         assert "3 times in a row" in server.frontend.supervisor.gave_up.result()
         assert health(server) == NOT_SERVING
-        assert server.scrape()["weft_engine_restarts_total"] == 2
+        page = server.scrape()
+        assert [page[RESTARTS.format(cause)] for cause in ("exit", "start", "stall")] == [1, 1, 0]
 
 
 def test_deaths_far_apart_are_forgiven(tmp_path):

@@ -71,6 +71,22 @@ def test_an_io_error_of_the_store_keeps_its_reason_and_hides_its_text():
     assert "Input" not in end.text
 
 
+def test_an_adapter_that_is_not_there_is_named():
+    rich = details(store.AdapterNotFound("name: expected a registered adapter, got 'x'", "name", "x"))
+    about = error_details_pb2.ResourceInfo()
+    assert rich.details[1].Unpack(about)
+    assert (about.resource_type, about.resource_name) == ("weft.v1.Adapter", "x")
+
+
+def test_a_precondition_and_a_quota_say_what_is_unmet():
+    unmet, over = error_details_pb2.PreconditionFailure(), error_details_pb2.QuotaFailure()
+    assert details(store.AdapterIncompatible("why", "adapter")).details[1].Unpack(unmet)
+    (violation,) = unmet.violations
+    assert (violation.type, violation.subject, violation.description) == ("ADAPTER_INCOMPATIBLE", "adapter", "why")
+    assert details(errors.UploadTooLarge("why", field="header.weights_size")).details[1].Unpack(over)
+    assert [(each.subject, each.description) for each in over.violations] == [("header.weights_size", "why")]
+
+
 def test_field_violations_name_the_field():
     rich = details(errors.InvalidRequest("top_p must be in (0, 1], got 2", field="sampling.top_p"))
     bad = error_details_pb2.BadRequest()

@@ -9,7 +9,14 @@ import grpc
 import pytest
 
 from tests.server.doors import fake_engine
-from tests.server.doors.harness import adapter_files, make_request, refusal, refused, running, until
+from tests.server.doors.harness import (
+    adapter_files,
+    make_request,
+    refusal,
+    refused,
+    running,
+    until,
+)
 from weft.proto.v1 import inference_pb2
 from weft.server.engine.messages import Failure
 
@@ -175,14 +182,20 @@ def test_a_stream_without_request_has_no_prompt(server):
     assert refused(lambda: list(call(b"", timeout=5))) == (INVALID, "INVALID_REQUEST", ("request.prompt",))
 
 
+def streamed(server, **fields):
+    return list(server.stream(**fields))
+
+
 def test_an_unknown_adapter_is_not_found_and_a_bad_name_is_invalid(server):
     assert refused(lambda: server.generate(ids=[1], adapter="ghost"))[:2] == (
         grpc.StatusCode.NOT_FOUND,
         "ADAPTER_NOT_FOUND",
     )
     for name in ("..", "a/b", "a\0b", "a,b", "x" * 129, " ", "é"):
-        code, reason, _ = refused(partial(server.generate, ids=[1], adapter=name))
-        assert (code, reason) == (INVALID, "ADAPTER_INVALID")
+        told = refused(partial(server.generate, ids=[1], adapter=name))
+        assert told == (INVALID, "ADAPTER_INVALID", ("adapter",))
+        told = refused(partial(streamed, server, ids=[1], adapter=name))
+        assert told == (INVALID, "ADAPTER_INVALID", ("request.adapter",))
 
 
 FAILURES = {
@@ -245,28 +258,6 @@ def test_a_caller_that_vanishes_is_aborted(server):
         assert next(stream).HasField("started")
         aborted = abort()
     until(lambda: aborted in server.commands("Abort"))
-
-
-def test_the_caller_s_deadline_ends_the_request(server):
-    abort = server.aborts_next()
-    code, _, _ = refused(lambda: server.generate(ids=[fake_engine.HANG], max_new_tokens=5, timeout=0.2))
-    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
-    aborted = abort()
-    until(lambda: aborted in server.commands("Abort"))
-
-
-def test_a_deadline_beyond_reason_is_no_trouble(server):
-    assert server.generate(ids=[5], max_new_tokens=1, timeout=1e9).text == "a"
-
-
-def test_the_server_s_longest_duration_ends_what_has_no_deadline(tmp_path):
-    with running(tmp_path, request_duration_s_max=0.3) as server:
-        for prompt in ([fake_engine.HANG], [fake_engine.WAIT]):
-            told = refused(partial(server.generate, ids=prompt, max_new_tokens=5, timeout=None))
-            assert told[:2] == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
-        until(lambda: len(server.commands("Abort")) == 2)
-        told = refused(lambda: list(server.stream(ids=[fake_engine.HANG], max_new_tokens=5, timeout=None)))
-        assert told[:2] == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
 
 
 def test_the_queue_is_bounded_in_requests(server):

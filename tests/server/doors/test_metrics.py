@@ -7,6 +7,7 @@ from tests.server.doors import fake_engine
 from tests.server.doors.harness import adapter_files, running, until
 from weft.server.doors import door
 from weft.server.errors import TABLE
+from weft.server.version import VERSION, commit
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,10 @@ def test_a_request_is_counted_with_its_tokens_and_times(served):
     assert change["weft_time_to_first_token_seconds_count"] == 1
     assert change["weft_inter_token_latency_seconds_count"] == 10
     assert change["weft_request_duration_seconds_count"] == 1
+    assert change["weft_request_prefill_seconds_count"] == 1
+    decode_s = change["weft_request_decode_seconds_sum"]
+    assert 0 < change["weft_request_prefill_seconds_sum"] + decode_s < change["weft_request_duration_seconds_sum"]
+    assert change["weft_time_per_output_token_seconds_sum"] == pytest.approx(decode_s / 10)
     assert change["weft_request_queue_seconds_sum"] == pytest.approx(0.001)
     assert change["weft_request_adapter_wait_seconds_count"] == 1
     assert change["weft_step_seconds_count"] == change["weft_batch_rows_count"] >= 11
@@ -106,6 +111,39 @@ def test_a_request_that_ran_out_of_time_has_its_own_count(tmp_path):
         assert ended(server, "deadline", lambda: failing(server, **hanging))
 
 
+def test_open_streams_are_counted_by_method(served):
+    key = 'weft_streams_open{method="weft.v1.InferenceService/StreamGenerate"}'
+    assert served.scrape()[key] == 0
+    stream = served.stream(ids=[fake_engine.HANG], max_new_tokens=5)
+    next(stream)
+    assert served.scrape()[key] == 1
+    stream.cancel()
+    until(lambda: served.scrape()[key] == 0)
+
+
+def test_the_store_says_how_full_it_is(served):
+    before = served.scrape()
+    files = adapter_files(78)
+    served.register("one", files)
+    served.register("another", files)
+    page = served.scrape()
+    assert page["weft_store_objects"] == before["weft_store_objects"] + 1
+    assert page["weft_store_bytes"] == before["weft_store_bytes"] + served.get("one").disk_bytes
+    assert page["weft_store_free_bytes"] > 0
+    for name in ("one", "another"):
+        served.delete(name)
+
+
+def test_the_fullest_step_is_remembered(served):
+    streams = [served.stream(ids=[fake_engine.HANG], max_new_tokens=5) for _ in range(5)]
+    until(lambda: served.scrape()["weft_batch_rows_max"] >= 5)
+    for each in streams:
+        each.cancel()
+    served.generate(ids=[5], max_new_tokens=1)
+    page = served.scrape()
+    assert (page["weft_batch_rows_max"], page["weft_batch_adapters_max"]) == (5, 1)
+
+
 def test_errors_are_counted_by_reason(served):
     change = grown(served, lambda: failing(served, ids=[5], max_new_tokens=0))
     assert change['weft_errors_total{code="INVALID_ARGUMENT",reason="INVALID_REQUEST"}'] == 1
@@ -135,14 +173,21 @@ def test_gauges_say_what_the_engine_said_last(served):
     assert (page["weft_engine_up"], page["weft_ready"], page["weft_draining"]) == (1, 1, 0)
     assert page['weft_kernels_info{implementation="torch"}'] == 1
     assert page['weft_kernels_info{implementation="triton"}'] == 0
-    assert any(name.startswith("weft_build_info{version=") for name in page)
+    (build,) = [name for name in page if name.startswith("weft_build_info")]
+    assert f'version="{VERSION}"' in build
+    assert f'commit="{commit()}"' in build
     assert page["process_resident_memory_bytes"] > 0
 
 
 def test_the_loop_is_never_held_up_for_long(served):
-    served.generate(text="x " * 200, max_new_tokens=20)
-    served.register("loop", adapter_files(1))
-    page = served.scrape()
+    def work() -> None:
+        served.generate(text="x " * 200, max_new_tokens=20)
+        served.register("loop", adapter_files(1))
+        # a timer that begins now has fired by then
+        until(lambda: served.scrape()[fired] >= before + 2)
+
+    fired = "weft_event_loop_lag_seconds_count"
+    before = served.scrape()[fired]
+    change = grown(served, work)
     served.delete("loop")
-    late = page["weft_event_loop_lag_seconds_count"] - page['weft_event_loop_lag_seconds_bucket{le="0.5"}']
-    assert late == 0
+    assert change[fired] == change['weft_event_loop_lag_seconds_bucket{le="0.5"}']

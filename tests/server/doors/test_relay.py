@@ -25,8 +25,9 @@ from weft.server.engine.messages import (
     Tokens,
 )
 from weft.server.metrics import Metrics
-from weft.server.relay import QueueLimits, Relay, Ticket
+from weft.server.relay import QueueLimits, Relay
 from weft.server.threads import Threads
+from weft.server.ticket import Ticket
 
 LIMITS = QueueLimits(requests_max=3, tokens_max=40)
 INFO = fake_engine.info(EngineConfig(model="/nowhere", store="s"))
@@ -225,6 +226,50 @@ def test_a_cancelled_caller_waits_for_its_thread():
             await task
         assert done
         threads.close()
+
+    asyncio.run(run())
+
+
+def test_a_call_that_nobody_wants_any_more_does_not_begin():
+    async def run() -> None:
+        threads, release, done = Threads("test", 1), threading.Event(), list[str]()
+        first = asyncio.create_task(threads.run_while_wanted(release.wait, 10))
+        second = asyncio.create_task(threads.run_while_wanted(done.append, "second"))
+        await asyncio.sleep(0.02)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(second, 1)
+        # what runs is waited for
+        first.cancel()
+        await asyncio.sleep(0.02)
+        assert not first.done()
+        release.set()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        threads.close()
+        assert done == []
+
+    asyncio.run(run())
+
+
+def test_a_place_in_the_queue_is_kept_until_the_request_takes_it():
+    async def run() -> None:
+        relay, _ = fresh()
+        with relay.place(30):
+            relay.check()
+            with pytest.raises(errors.Overloaded, match="queue_tokens_max leaves 10"):
+                relay.submit(submit(relay, 6))
+            with relay.place(1), relay.place(1), pytest.raises(errors.Overloaded, match="queue_requests_max is 3"):
+                relay.submit(submit(relay))
+            drained = asyncio.create_task(relay.idle())
+            await asyncio.sleep(0)
+        ticket = relay.submit(submit(relay, 15))
+        await asyncio.sleep(0)
+        assert not drained.done()
+        with ticket:
+            relay.check()
+        await drained
+        relay.check()
 
     asyncio.run(run())
 

@@ -157,7 +157,7 @@ def test_the_same_bytes_registered_and_deleted_at_once_under_many_names_survive(
 def test_names_are_judged_before_anything_is_written(server, name):
     before = len(server.commands("Prepare"))
     code, reason, fields = refused(server.upload(parts(name, FILES)))
-    assert (code, reason, fields) == (INVALID, "ADAPTER_INVALID", ("name",))
+    assert (code, reason, fields) == (INVALID, "ADAPTER_INVALID", ("header.name",))
     # what an upload before this one left goes in a thread of its own
     until(lambda: not list((store(server) / "staging").iterdir()))
     assert len(server.commands("Prepare")) == before
