@@ -6,6 +6,7 @@ bits in any company, which a batched matmul does not promise.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +45,13 @@ class Alike:
     carried: tuple[Carried, ...]
     rows: Chosen
 
-    @property
+    @cached_property
     def key(self) -> tuple[object, ...]:
         """Of the stacks that these rows need."""
         record = self.carried[0].record
         return record.kind, record.place, tuple((each.block_key, each.record) for each in self.carried)
 
-    @property
+    @cached_property
     def blocks(self) -> frozenset[int]:
         """Keys of the blocks that the stacks are made of."""
         return frozenset(each.block_key for each in self.carried)
@@ -62,14 +63,18 @@ class Alike:
 
     def stacks(self) -> Stacks:
         """Copies of all pieces."""
+        kind = self.carried[0].record.kind
         pieces = tuple(zip(*(each.pieces for each in self.carried), strict=True))
-        if self.carried[0].record.kind is Kind.GATED:
-            a, b, *gates = map(_stack, pieces)
+        if kind is Kind.BOTTLENECK:
+            split = VECTORS + max(1, 3 * self.options[2])
+            maps = pieces[VECTORS:split], pieces[split:]
+            return Stacks(tuple(map(_stack, pieces[:VECTORS])), tuple(_map_stack(found) for found in maps if found))
+        vectors = tuple(map(_stack, pieces))
+        if kind is Kind.GATED:
+            a, b, *gates = vectors
             assert b is not None
             return Stacks((a, b.transpose(1, 2).contiguous(), *gates))
-        split = VECTORS + max(1, 3 * self.options[2])
-        maps = pieces[VECTORS:split], pieces[split:]
-        return Stacks(tuple(map(_stack, pieces[:VECTORS])), tuple(_map_stack(found) for found in maps if found))
+        return Stacks(vectors)
 
 
 def split(carried: Sequence[Carried], device: torch.device) -> tuple[list[Alike], list[Carried]]:

@@ -277,11 +277,15 @@ class Chosen:
         if self._index is not None:
             table.index_copy_(0, self._index, rows)
 
+    def put(self, table: Tensor, rows: Tensor) -> None:
+        """Write rows [n, ..] of any dtype in the place of these."""
+        part = self.take(table)
+        part.copy_(rows)
+        self.give(table, part)
+
     def add(self, table: Tensor, gained: Tensor) -> None:
         """Add fp32 to these rows, rounded once."""
-        part = self.take(table)
-        part.copy_(part.float() + gained)
-        self.give(table, part)
+        self.put(table, self.take(table).float() + gained)
 
 
 class Plan:

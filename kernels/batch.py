@@ -99,6 +99,8 @@ class Rows:
             if kind in DELTAS:
                 self.touched[geometry.group_of[place]] = True
                 self.deltas.setdefault(geometry.group_of[place], []).append((place, kind))
+        # by group, (start, stop, tap) of rows that do not read the place's own output, from the first use on
+        self.taps: dict[int, list[tuple[int, int, int]]] = {}
         # single rows whose records have one form, and what is left, from the first use on
         self.alike: dict[tuple[Kind, int], tuple[list[Alike], list[Carried]]] = {}
         # what the kernels make of banks, by site, from the first use on

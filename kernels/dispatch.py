@@ -8,13 +8,12 @@ from torch import Tensor
 
 from weft.kernels import alike, parts
 from weft.kernels.alike import Alike, Stacks
-from weft.kernels.bags import Chosen
 from weft.kernels.banked import Banked, Hiddens, banked
 from weft.kernels.batch import BatchError, Block, Rows, Segment, SoftSpan
 from weft.kernels.extras import Kind, Record
 from weft.kernels.kept import Kept
 from weft.kernels.layout import ACT, ALIGN, FACTOR_DTYPES, RANK, TAP_SHIFT, Geometry, Views
-from weft.kernels.norms import Norm, normed
+from weft.kernels.norms import Norm, overridden
 from weft.kernels.parts import Carried, Pieces
 
 NAMES = ("auto", "torch", "triton")
@@ -133,16 +132,13 @@ class Kernels(ABC):
 
         out, x:  [tokens, groups, d], what the frozen module made of what
         """
-        carried = self.carried(rows, Kind.NORM, place)
-        if not carried:
+        if not self.has(rows, Kind.NORM, place):
             return
-        chosen = Chosen([row for each in carried for row in range(*each.span)], x.device)
-        made = normed(chosen.take(x), norm) * (norm.offset + parts.by_row(carried, 0, norm.weight))
-        if norm.bias is not None or any(each.pieces[1] is not None for each in carried):
-            made += parts.by_row(carried, 1, torch.zeros_like(norm.weight) if norm.bias is None else norm.bias)
-        part = chosen.take(out)
-        part.copy_(made)
-        chosen.give(out, part)
+        together, apart = self._alike(rows, Kind.NORM, place)
+        for each in together:
+            each.rows.put(out, overridden(each.rows.take(x), norm, *self._stacks_of(each).vectors))
+        for carried in apart:
+            out[carried.rows] = overridden(x[carried.rows], norm, *carried.pieces).to(out.dtype)
 
     def touches_hidden(self, rows: Rows, place: int) -> bool:
         """Whether any row's adapter does something behind this sublayer."""
@@ -180,16 +176,28 @@ class Kernels(ABC):
 
     def _tapped(self, h: Tensor, x_res: Tensor | None, ln_x: Tensor | None, rows: Rows, group: int) -> Tensor:
         """Each row's tap, as one tensor that shares nothing with h."""
-        x, site = h.clone(), self.geometry.members[group].start
-        for segment in rows.segments:
-            assert segment.block is not None
-            words = segment.block.directory.sites[site]
-            tap = int(words[ACT]) >> TAP_SHIFT
-            if words[RANK] and tap:
-                own = slice(segment.start, segment.stop)
-                taken = h[own], None if x_res is None else x_res[own], None if ln_x is None else ln_x[own]
-                x[own] = parts.tapped(tap, *taken)
+        x = h.clone()
+        for start, stop, tap in self._taps(rows, group):
+            own = slice(start, stop)
+            taken = h[own], None if x_res is None else x_res[own], None if ln_x is None else ln_x[own]
+            x[own] = parts.tapped(tap, *taken)
         return x
+
+    def _taps(self, rows: Rows, group: int) -> list[tuple[int, int, int]]:
+        """Runs of rows (start, stop) with the same tap, but for those that read h itself."""
+        known = rows.taps.get(group)
+        if known is None:
+            known, site = [], self.geometry.members[group].start
+            for segment in rows.segments:
+                assert segment.block is not None
+                words = segment.block.directory.sites[site]
+                tap, start = int(words[ACT]) >> TAP_SHIFT, segment.start
+                if words[RANK] and tap:
+                    if known and known[-1][1:] == (start, tap):
+                        start = known.pop()[0]
+                    known.append((start, segment.stop, tap))
+            rows.taps[group] = known
+        return known
 
     def prefix(self, rows: Rows, start: int, layer: int, heads: int, x: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Keys and values [heads, p, size] that the segment beginning at row ``start`` attends to first, or None.

@@ -28,3 +28,13 @@ def normed(x: Tensor, norm: Norm) -> Tensor:
     if norm.centred:
         wide = wide - wide.mean(dim=-1, keepdim=True)
     return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + norm.eps)
+
+
+def overridden(x: Tensor, norm: Norm, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x [rows, groups, d] through the norm with another weight or bias, or both: in fp32.
+
+    weight, bias:  [1, d] for all of these rows or [rows, 1, d], in the place of the norm's own
+    """
+    made = normed(x, norm) * (norm.offset + (norm.weight if weight is None else weight).float())
+    own = norm.bias if bias is None else bias
+    return made if own is None else made + own.float()

@@ -60,13 +60,6 @@ class Carried:
         return self.segment.start, self.segment.stop
 
 
-def by_row(carried: Sequence[Carried], piece: int, otherwise: Tensor) -> Tensor:
-    """A vector for every row of these segments, [rows, 1, d] in fp32: the piece of its record, or ``otherwise``."""
-    vectors = [otherwise.float() if (found := each.pieces[piece]) is None else found[0] for each in carried]
-    counts = [each.segment.stop - each.segment.start for each in carried]
-    return torch.cat([v.expand(n, -1) for v, n in zip(vectors, counts, strict=True)])[:, None]
-
-
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x [rows, in] weightᵀ [in, out]: in bf16 where both are, else in fp32."""
     native = x.dtype == weight.dtype == torch.bfloat16
