@@ -15,7 +15,8 @@ import transformers
 from transformers import PreTrainedModel
 
 from weft.adapters_store.arena import Arena
-from weft.adapters_store.residency import PrepareResult, Residency
+from weft.adapters_store.leases import PrepareResult
+from weft.adapters_store.residency import Residency
 from weft.kernels import dispatch
 from weft.server.backbone.load import choose_device, choose_dtype, load_model
 from weft.server.backbone.model import Backbone, kv_slots
@@ -165,7 +166,7 @@ class Engine:
             working_set_bytes=self.kernels.working_set_bytes,
             adapter_loads=memory.loads,
             adapter_evictions=memory.evictions,
-            adapter_hits=memory.hits,
+            adapter_hits=self.scheduler.drain_hits(),
             adapter_load_s=memory.load_s,
         )
 

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import peft
 import pytest
-import torch
 
 from tests.adapters_store.peft_models import ModelSites, build, sites_of
-from tests.adapters_store.stores import Store
+from tests.adapters_store.stores import Store, bytes_of
 from tests.support.methods.case import LLAMA, by_peft, noise
 from weft.adapters_store.banks import bank_bytes, banks_of, shared_digests
 from weft.adapters_store.compile import block_bytes, compile_adapter
 from weft.adapters_store.composition import derive
-from weft.adapters_store.errors import AdapterTooLarge
+from weft.adapters_store.errors import AdapterCorrupt, AdapterTooLarge
 from weft.adapters_store.files import AdapterFiles
 from weft.adapters_store.formats import parse_adapter, read_adapter
 
@@ -105,13 +104,13 @@ def test_factors_go_with_the_last_adapter(store, folders):
 def test_factors_that_are_gone_are_made_again(store, folders):
     a, _ = register(store, folders)
     before = store.acquire(a)
-    held = store.arena.view(before.block.banks[0].offset, before.block.banks[0].nbytes).clone()
+    held = bytes_of(store, before.banks[0])
     store.residency.release(before)
     with Store(store.root.parent / "other", store.sites) as other:
         shutil.rmtree(other.root / "objects")
         shutil.copytree(store.root / "objects", other.root / "objects")
-        (bank,) = other.acquire(a).block.banks
-        assert torch.equal(other.arena.view(bank.offset, bank.nbytes), held)
+        (bank,) = other.acquire(a).banks
+        assert bytes_of(other, bank) == held
 
 
 def test_a_derived_version_refers_to_them_too(store, folders):
@@ -132,3 +131,81 @@ def test_a_budget_counts_the_factors(folders, llama):
     compile_adapter(parsed, llama, llama.geometry(), needed)
     with pytest.raises(AdapterTooLarge, match=f"at most {needed - 1} bytes, got one of {needed}"):
         compile_adapter(parsed, llama, llama.geometry(), needed - 1)
+
+
+def bank_images(store: Store) -> list[Path]:
+    """Images that are of no adapter."""
+    named = {entry.digest for entry in store.catalog.list()}
+    return [path for path in (store.root / "images").iterdir() if path.name[:64] not in named]
+
+
+def test_factors_of_adapters_that_nobody_used_go_with_the_last_too(store, folders):
+    register(store, folders)
+    assert len(bank_images(store)) == 1
+    store.remove("n0")
+    assert len(bank_images(store)) == 1
+    store.remove("n1")
+    assert not [name for name in store.files() if name.startswith("images/")]
+
+
+def test_factors_that_left_the_arena_before_go_as_well(store, folders):
+    a, b = register(store, folders)
+    store.residency.release(store.acquire(a))
+    for version in tuple(store.residency._idle.values()):
+        store.residency._evict(version)
+    assert store.arena.blocks == 0
+    store.remove("n0")
+    store.remove("n1")
+    store.residency.poll()
+    store.settle()
+    assert not [name for name in store.files() if name.startswith("images/")]
+    assert not store.residency._versions
+
+
+def test_factors_on_disk_outlive_a_restart(store, folders, llama):
+    a, _ = register(store, folders)
+    (image,) = bank_images(store)
+    written = image.stat().st_mtime_ns
+    store.catalog.close()
+    with Store(store.root, llama) as again:
+        again.residency.release(again.acquire(a))
+        assert [path.stat().st_mtime_ns for path in bank_images(again)] == [written]
+
+
+def test_damaged_factors_are_made_from_whoever_is_there(store, folders):
+    a, b = register(store, folders)
+    before = store.acquire(a)
+    held = bytes_of(store, before.banks[0])
+    store.residency.release(before)
+    store.residency._evict(store.residency._versions[before.banks[0].digest])
+    # a's files are lost, and what was made from them
+    shutil.rmtree(store.root / "objects" / a)
+    (image,) = bank_images(store)
+    image.write_bytes(image.read_bytes()[:-1] + b"?")
+    with pytest.raises(AdapterCorrupt):
+        store.acquire(a)
+    # at once: what is wrong with the other is not what is wrong here
+    assert bytes_of(store, store.acquire(b).banks[0]) == held
+    store.residency.check()
+
+
+def test_factors_are_let_go_when_others_cannot_be_had(store, folders, tmp_path):
+    other = by_peft(
+        "other",
+        lambda _: peft.VeraConfig(r=24, target_modules=["q_proj", "v_proj", "down_proj"], projection_prng_key=6),
+        noise(0.3),
+    )
+    a, b = register(store, [folders[0], other.make(LLAMA, tmp_path / "other-files", 3)])
+    digest, members = derive([(a, 1.0), (b, 0.5)])
+    assert digest is not None
+    lease = store.acquire(digest, members)
+    first, second = (bank.digest for bank in lease.banks)
+    store.residency.release(lease)
+    store.residency._evict(store.residency._versions[second])
+    for path in (store.root / "images").glob(f"{second}-*"):
+        path.unlink()
+    shutil.rmtree(store.root / "objects")
+    with pytest.raises(AdapterCorrupt):
+        store.acquire(digest, members)
+    assert first in store.residency._idle
+    store.residency.check()
