@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel
 
 from weft.adapters_store.arena import Arena
 from weft.adapters_store.leases import PrepareResult
@@ -23,6 +22,7 @@ from weft.server.backbone.model import Backbone, kv_slots
 from weft.server.backbone.step import PagedKV
 from weft.server.engine.config import EngineConfig
 from weft.server.engine.failures import failure_of
+from weft.server.engine.generation import default_sampling, eos_ids, unserved
 from weft.server.engine.messages import (
     Abort,
     Command,
@@ -34,7 +34,6 @@ from weft.server.engine.messages import (
     Prepare,
     Prepared,
     Refused,
-    Sampling,
     StepStats,
     Submit,
 )
@@ -42,6 +41,8 @@ from weft.server.engine.pages import PagePool
 from weft.server.engine.request import Request
 from weft.server.engine.runner import Runner
 from weft.server.engine.scheduler import Batch, Scheduler
+
+HEARTBEAT_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class Engine:
         self._clock = clock
         # an idle engine takes no steps, so what changed the gauges last must still be told
         self._gauges_changed = False
+        self._told_s = clock()
+        self._misses = 0
         self.arena = Arena(config.adapter_memory_bytes_max, backbone.device)
         geometry = backbone.geometry
         self.kernels = dispatch.load(config.kernels, self.arena.buffer, geometry, config.working_set_bytes_max)
@@ -95,13 +98,17 @@ class Engine:
                 self._gauges_changed = True
 
     def step(self) -> list[Event]:
-        """Run one step: plan, run, commit. Returns what happened; empty when there was nothing to do."""
+        """Run one step: plan, run, commit. Returns what happened; empty when there was nothing to do.
+
+        While only the loader works, figures come every HEARTBEAT_S: whoever waits knows that the engine lives.
+        """
         started = self._clock()
         events: list[Event] = list(map(_result_event, self.residency.poll()))
         batch = self.scheduler.plan()
         events += self._run(batch) if batch.items else self.scheduler.drain_events()
-        if events or batch.items or self._gauges_changed:
-            self._gauges_changed = False
+        silent = self.residency.busy() and started - self._told_s >= HEARTBEAT_S
+        if events or batch.items or self._gauges_changed or silent:
+            self._gauges_changed, self._told_s = False, started
             events.append(self._stats(batch, self._clock() - started))
         return events
 
@@ -121,10 +128,11 @@ class Engine:
             dtype=self.backbone.info.dtype,
             vocabulary=self.backbone.vocabulary,
             context_tokens=self.backbone.context_tokens,
-            eos_ids=_eos_ids(model),
-            default_sampling=_default_sampling(model),
+            eos_ids=eos_ids(model),
+            default_sampling=default_sampling(model.generation_config),
             device=_device_name(self.backbone),
             kernels=self.kernels.name,
+            notes=(*self.backbone.notes, *unserved(model.generation_config)),
             versions=versions,
             kv_bytes_max=config.kv_bytes_max,
             adapter_bytes_max=config.adapter_memory_bytes_max,
@@ -135,28 +143,31 @@ class Engine:
         return self._stats(Batch(()), 0.0)
 
     def _run(self, batch: Batch) -> list[Event]:
+        """Run the batch; where that fails, its halves, so that only requests that fail alone end.
+
+        Nothing of a batch that failed was committed, and running a token again writes the same keys and values again.
+        """
         try:
             sampled = self.runner.run(batch)
         except torch.AcceleratorError:
             # the device's context is lost: only a new process gets a working one
             raise
-        except Exception:
+        except Exception as error:
             # one of the three broad excepts: whatever breaks a step must not take the other requests with it
             logger.exception("step failed: %d requests, %d rows", len(batch.items), batch.tokens)
-            return self.scheduler.fail(batch, Failure.BUG, "the step that this request was part of failed")
-        return self.scheduler.commit(batch, sampled)
+            if len(batch.items) == 1:
+                return self.scheduler.fail(batch, *_failure_of_step(error))
+        else:
+            return self.scheduler.commit(batch, sampled)
+        half = len(batch.items) // 2
+        return self._run(Batch(batch.items[:half])) + self._run(Batch(batch.items[half:]))
 
     def _stats(self, batch: Batch, step_s: float) -> StepStats:
         memory = self.residency.stats()
-        waiting = self.scheduler.waiting
         return StepStats(
             step_s=step_s,
             rows=batch.tokens,
-            prefill_tokens=batch.prefill_tokens,
             distinct_adapters=batch.distinct_adapters,
-            requests_running=len(self.scheduler.running),
-            requests_waiting=len(waiting),
-            tokens_waiting=sum(request.length_max for request in waiting),
             kv_bytes=self.pages.used * self._page_bytes,
             backbone_bytes=self.backbone.parameter_bytes,
             adapters_bytes=memory.adapters_bytes,
@@ -164,11 +175,20 @@ class Engine:
             composed_bytes=memory.composed_bytes,
             shared_bytes=memory.shared_bytes,
             working_set_bytes=self.kernels.working_set_bytes,
+            working_set_misses=self._take_misses(),
             adapter_loads=memory.loads,
             adapter_evictions=memory.evictions,
             adapter_hits=self.scheduler.drain_hits(),
             adapter_load_s=memory.load_s,
         )
+
+    def _take_misses(self) -> int:
+        """Sections that found no room in the working set since the last call; the first is worth a line."""
+        before, self._misses = self._misses, self.kernels.working_set_misses
+        if not before and self._misses:
+            limit = self.config.working_set_bytes_max
+            logger.warning("working_set_bytes_max: %d bytes are too few for the adapters of one step: slower", limit)
+        return self._misses - before
 
 
 def _allocate_kv(backbone: Backbone, config: EngineConfig, pages: int) -> PagedKV:
@@ -192,26 +212,12 @@ def _result_event(result: PrepareResult) -> Event:
     return Refused(Digest(result.digest), failure_of(error), str(error), error.field)
 
 
-def _eos_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    generation = model.generation_config
-    found = None if generation is None else generation.eos_token_id
-    if found is None:
-        found = getattr(model.config, "eos_token_id", None)
-    if found is None:
-        return ()
-    return (found,) if isinstance(found, int) else tuple(found)
-
-
-def _default_sampling(model: PreTrainedModel) -> Sampling:
-    """What generation_config says, greedy where it does not ask for sampling."""
-    generation = model.generation_config
-    if generation is None or not generation.do_sample:
-        return Sampling()
-    return Sampling(
-        temperature=1.0 if generation.temperature is None else float(generation.temperature),
-        top_k=generation.top_k or 0,
-        top_p=1.0 if generation.top_p is None else float(generation.top_p),
-    )
+def _failure_of_step(error: Exception) -> tuple[Failure, str]:
+    """What a request is told that a step over it alone could not be run."""
+    # on a CPU torch has no type of its own for this
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return Failure.OUT_OF_MEMORY, "expected memory for a step over this request alone, got none"
+    return Failure.BUG, "the step that this request was part of failed"
 
 
 def _device_name(backbone: Backbone) -> str:

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from weft.adapters_store.report import Traits
 from weft.adapters_store.leases import Lease
+from weft.adapters_store.report import Traits
 from weft.server.engine.messages import Submit
 
 NO_TRAITS = Traits()

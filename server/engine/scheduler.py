@@ -53,11 +53,6 @@ class Batch:
         return sum(item.count for item in self.items)
 
     @property
-    def prefill_tokens(self) -> int:
-        """Rows that are of prompts."""
-        return sum(item.count for item in self.items if item.prefill)
-
-    @property
     def distinct_adapters(self) -> int:
         """Adapters that its rows carry, the bare backbone not counted."""
         return len({item.block.key for item in self.items if item.block is not None})

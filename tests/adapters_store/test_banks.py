@@ -149,7 +149,7 @@ def test_factors_of_adapters_that_nobody_used_go_with_the_last_too(store, folder
 
 
 def test_factors_that_left_the_arena_before_go_as_well(store, folders):
-    a, b = register(store, folders)
+    a, _ = register(store, folders)
     store.residency.release(store.acquire(a))
     for version in tuple(store.residency._idle.values()):
         store.residency._evict(version)

@@ -106,6 +106,7 @@ def info(config: EngineConfig) -> EngineInfo:
         default_sampling=Sampling(temperature=0.5, top_k=7, top_p=0.75),
         device="cpu",
         kernels="torch",
+        notes=("top_k=7 is odd",),
         versions={"python": "3"},
         catalogue=catalogue,
         kv_bytes_max=config.kv_bytes_max,
@@ -174,7 +175,7 @@ class FakeEngine:
             if first != HANG and not request.stuck:
                 events.append(self.advance(request, first))
         if events:
-            events.append(self.stats())
+            events.append(self.stats(rows=len(self.requests) + 1))
         return events
 
     def advance(self, request: Request, first: int) -> Event:
@@ -197,16 +198,12 @@ class FakeEngine:
             del self.requests[submit.id]
         return Tokens(submit.id, tokens, finish)
 
-    def stats(self) -> StepStats:
+    def stats(self, rows: int = 0) -> StepStats:
         """Made-up figures that tests recognise."""
         return StepStats(
             step_s=0.001,
-            rows=len(self.requests),
-            prefill_tokens=0,
+            rows=rows,
             distinct_adapters=1,
-            requests_running=len(self.requests),
-            requests_waiting=0,
-            tokens_waiting=0,
             kv_bytes=1 << 20,
             backbone_bytes=5000,
             adapters_bytes=512,

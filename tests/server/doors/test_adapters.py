@@ -196,5 +196,6 @@ def test_server_info_says_what_this_is(server):
     assert (info.limits.uploads_max, info.limits.queue_requests_max, info.limits.queue_tokens_max) == (4, 4, 600)
     assert (info.limits.upload_bytes_max, info.limits.request_duration_ms_max) == (2 << 30, 600_000)
     assert (info.runtime.device, info.runtime.kernels, info.runtime.versions["python"]) == ("cpu", "torch", "3")
+    assert list(info.runtime.notes) == ["top_k=7 is odd"]
     assert info.memory.backbone_bytes == 5000
     assert {"LORA", "LOKR", "IA3"} <= set(info.methods)
