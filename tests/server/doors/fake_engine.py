@@ -126,7 +126,7 @@ class FakeEngine:
         self.requests: dict[RequestId, Request] = {}
         self.log = (Path(config.model) / "commands").open("a", buffering=1)
         self.objects = Path(config.store) / "objects"
-        # a file with a digest that is refused
+        # a file with a digest that is refused, and for which failure
         self.refuses = Path(config.model) / REFUSES
 
     def handle(self, command: Command) -> list[Event]:
@@ -146,8 +146,9 @@ class FakeEngine:
 
     def prepare(self, digest: Digest) -> list[Event]:
         """Judge an adapter by its alpha."""
-        if self.refuses.exists() and self.refuses.read_text() == digest:
-            return [Refused(digest, Failure.ADAPTER_INVALID, "not any more")]
+        refused, _, failure = self.refuses.read_text().partition(" ") if self.refuses.exists() else ("", "", "")
+        if refused == digest:
+            return [Refused(digest, Failure(failure or "adapter_invalid"), "not any more")]
         config = json.loads((self.objects / digest / "adapter_config.json").read_text())
         match config["lora_alpha"]:
             case 666:
