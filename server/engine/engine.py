@@ -6,7 +6,8 @@ Knows nothing of gRPC, text or names: adapters are digests of versions that lie 
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from weft.server.backbone.load import choose_device, choose_dtype, load_model
 from weft.server.backbone.model import Backbone, kv_slots
 from weft.server.backbone.step import PagedKV
 from weft.server.engine.config import EngineConfig
-from weft.server.engine.failures import failure_of
+from weft.server.engine.failures import failure_of, out_of_memory
 from weft.server.engine.generation import default_sampling, eos_ids, unserved
 from weft.server.engine.messages import (
     Abort,
@@ -58,9 +59,11 @@ class Engine:
         self._gauges_changed = False
         self._told_s = clock()
         self._misses = 0
-        self.arena = Arena(config.adapter_memory_bytes_max, backbone.device)
+        with _room_for("adapter_memory_bytes_max", config.adapter_memory_bytes_max, backbone.device):
+            self.arena = Arena(config.adapter_memory_bytes_max, backbone.device)
         geometry = backbone.geometry
-        self.kernels = dispatch.load(config.kernels, self.arena.buffer, geometry, config.working_set_bytes_max)
+        with _room_for("working_set_bytes_max", config.working_set_bytes_max, backbone.device):
+            self.kernels = dispatch.load(config.kernels, self.arena.buffer, geometry, config.working_set_bytes_max)
         size = config.page_tokens
         pages = kv_slots(backbone.kv_shapes, config.kv_bytes_max, backbone.dtype) // size
         kv = _allocate_kv(backbone, config, pages)
@@ -191,15 +194,24 @@ class Engine:
         return self._misses - before
 
 
+@contextmanager
+def _room_for(option: str, nbytes: int, device: torch.device) -> Iterator[None]:
+    """Raise ValueError naming the option where there is no memory for what it says."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ValueError(f"{option}: expected memory for {nbytes} bytes on {device}, got too little") from error
+
+
 def _allocate_kv(backbone: Backbone, config: EngineConfig, pages: int) -> PagedKV:
     """The pages of all keys and values; raises ValueError naming kv_bytes_max where it cannot be."""
     size, limit = config.page_tokens, config.kv_bytes_max
     if pages < 2:
         raise ValueError(f"kv_bytes_max: expected room for at least 2 pages of {size} tokens, got {limit} bytes")
-    try:
+    with _room_for("kv_bytes_max", limit, backbone.device):
         kv = PagedKV(backbone.kv_shapes, pages * size, backbone.dtype, backbone.device)
-    except RuntimeError as error:
-        raise ValueError(f"kv_bytes_max: expected memory for {limit} bytes on {backbone.device}, got none") from error
     kv.clear_scratch(size)
     return kv
 
@@ -214,8 +226,7 @@ def _result_event(result: PrepareResult) -> Event:
 
 def _failure_of_step(error: Exception) -> tuple[Failure, str]:
     """What a request is told that a step over it alone could not be run."""
-    # on a CPU torch has no type of its own for this
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         return Failure.OUT_OF_MEMORY, "expected memory for a step over this request alone, got none"
     return Failure.BUG, "the step that this request was part of failed"
 
