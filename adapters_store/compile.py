@@ -76,13 +76,14 @@ def compile_adapter(
     for part in parsed.parts:
         block.add_part(part)
     image = block.image()
-    for bank in shared if keep is not None else ():
-        keep(*bank)
+    if keep is not None:
+        for digest, shared_image in shared:
+            keep(digest, shared_image)
     notes = *parsed.notes, *_notes(parsed, values, geometry.dtype), *_shared_notes(shared)
     traits = traits_of(directory(image))
     banks = tuple(digest for digest, _ in shared)
-    said = parsed.method, parsed.dialect, image.numel(), tuple(block.summaries), notes, traits, banks
-    return image, AdapterReport(*said)
+    summaries = tuple(block.summaries)
+    return image, AdapterReport(parsed.method, parsed.dialect, image.numel(), summaries, notes, traits, banks)
 
 
 def _require_room(parsed: ParsedAdapter, catalogue: SiteCatalogue, geometry: Geometry, bytes_max: int) -> None:

@@ -52,7 +52,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _cuda_has_bfloat16(device: torch.device) -> bool:
     with torch.cuda.device(device):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _cpu_has_bfloat16() -> bool:
@@ -72,7 +72,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
         transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        read: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype=dtype,
@@ -97,6 +97,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
     except CONFIG_ERRORS as error:
         said = f"{type(error).__name__}: {_first_line(error)}"
         raise BackboneDamaged(f"{name!r}: expected a config.json that its family can be built from ({said})") from error
+    model, loaded = read
     _require_whole(name, loaded)
     return moved(model, device)
 

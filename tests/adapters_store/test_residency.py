@@ -16,6 +16,7 @@ from tests.adapters_store.files import VALID, Files, lora
 from tests.adapters_store.peft_models import ModelSites
 from tests.adapters_store.stores import Store, add, bytes_of
 from weft.adapters_store import loader
+from weft.adapters_store.compile import compile_adapter
 from weft.adapters_store.errors import (
     AdapterError,
     AdapterInvalid,
@@ -315,7 +316,7 @@ def test_the_engine_never_waits_for_the_disk(tmp_path, llama, monkeypatch):
 
 def test_a_slow_compile_delays_no_load(tmp_path, llama, monkeypatch):
     goes_on = threading.Event()
-    right = loader.compile_adapter
+    right = compile_adapter
 
     def slow(*arguments):
         assert goes_on.wait(10)

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -147,7 +148,7 @@ def test_a_processor_gets_bfloat16_where_it_multiplies_it(flags, expected, monke
             raise FileNotFoundError(path)
         return flags
 
-    monkeypatch.setattr(load.Path, "read_text", read_text)
+    monkeypatch.setattr(Path, "read_text", read_text)
     assert choose_dtype("auto", CPU) is expected
 
 

@@ -163,6 +163,7 @@ def test_a_defect_in_looking_after_the_engine_ends_the_server(tmp_path, monkeypa
                                     (threading.Thread, RuntimeError("can't start new thread"))])  # fmt: skip
 def test_what_a_process_needs_and_cannot_have_is_said_and_given_back(tmp_path, monkeypatch, broken):
     kind, error = broken
+    nobody: Any = None
 
     def start(self):
         raise error
@@ -171,7 +172,7 @@ def test_what_a_process_needs_and_cannot_have_is_said_and_given_back(tmp_path, m
         config = EngineConfig(model=str(tmp_path), store=str(tmp_path / "store"))
         monkeypatch.setattr(kind, "start", start)
         with pytest.raises(EngineFailed, match=str(error.args[-1])):
-            EngineProcess(fake_engine.TARGET, config, None)
+            EngineProcess(fake_engine.TARGET, config, nobody)
 
     # one for all that this process will ever start
     resource_tracker.ensure_running()

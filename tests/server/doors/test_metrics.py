@@ -1,5 +1,7 @@
 """What Prometheus sees: the right numbers, and never more series than at the start."""
 
+from typing import Any
+
 import grpc
 import pytest
 
@@ -197,7 +199,13 @@ def test_the_loop_is_never_held_up_for_long(served):
 
 def test_only_steps_with_rows_are_steps():
     metrics = Metrics([])
-    figures = {"kv_bytes": 0, "backbone_bytes": 0, "adapters_bytes": 0, "adapters_resident": 3, "working_set_bytes": 0}
+    figures: dict[str, Any] = {
+        "kv_bytes": 0,
+        "backbone_bytes": 0,
+        "adapters_bytes": 0,
+        "adapters_resident": 3,
+        "working_set_bytes": 0,
+    }
     for rows in (0, 4, 0):
         metrics.step(StepStats(step_s=0.5, rows=rows, distinct_adapters=1, working_set_misses=2, **figures))
     read = metrics.registry.get_sample_value

@@ -12,6 +12,7 @@ import torch
 from tests.support import adapters
 from tests.support.backbones import VOCABULARY, build
 from weft.adapters_store import loader
+from weft.adapters_store.compile import compile_adapter
 from weft.server.backbone.model import Backbone
 from weft.server.engine import runner, sampler
 from weft.server.engine.config import EngineConfig
@@ -262,7 +263,7 @@ def test_a_device_that_is_lost_ends_the_engine(tmp_path, runs):
 def slow_compile(monkeypatch):
     """Compiling waits until the event is set."""
     goes_on = threading.Event()
-    right = loader.compile_adapter
+    right = compile_adapter
 
     def slow(*arguments):
         assert goes_on.wait(20)
@@ -301,8 +302,7 @@ def test_while_one_adapter_compiles_everybody_else_is_served(tmp_path, folders, 
 
 def test_an_engine_whose_loader_works_is_heard_of(tmp_path):
     now = [0.0]
-    limits = {"adapter_memory_bytes_max": 4 << 20, "kv_bytes_max": 1 << 20}
-    config = EngineConfig(model="llama", store=str(tmp_path), **limits)
+    config = EngineConfig(model="m", store=str(tmp_path), adapter_memory_bytes_max=1 << 20, kv_bytes_max=1 << 20)
     engine = Engine(config, Backbone(build("llama")), clock=lambda: now[0])
     heard = []
     slow = loader.Loader._prepare

@@ -1,5 +1,7 @@
 """What is taken from a generation_config, against transformers' own reading of it."""
 
+from typing import Any
+
 import pytest
 from transformers import GenerationConfig
 
@@ -59,7 +61,7 @@ def test_what_transformers_fills_in_needs_no_line():
     [([7, 9], 3, (7, 9)), (7, 3, (7,)), (None, 3, (3,)), (None, [3, 4], (3, 4)), (0, 3, (0,))],
 )
 def test_tokens_that_end_a_text_may_be_several(said, of_model, expected):
-    model = build("llama")
+    model: Any = build("llama")
     model.config.eos_token_id = of_model
     model.generation_config = GenerationConfig(eos_token_id=said)
     assert eos_ids(model) == expected

@@ -1,6 +1,8 @@
 """The engine process at its start: what it says when it cannot serve, and how loud it is."""
 
 import logging
+import signal
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def start(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(engines.Engine, "load", load)
-    pipe = Pipe()
+    pipe: Any = Pipe()
     process._serve(process.Front(pipe), CONFIG)
     (said,) = pipe.said
     assert isinstance(said, StartFailed)
@@ -82,8 +84,9 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path):
 def test_it_logs_at_the_level_that_was_asked_for(level, monkeypatch):
     told = {}
     monkeypatch.setattr(logging, "basicConfig", lambda **said: told.update(said))
-    monkeypatch.setattr(process.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(process, "_die_with_parent", lambda: None)
     monkeypatch.setattr(process, "_serve", lambda front, config: None)
-    process.main(Pipe(), EngineConfig(model="m", store="s", log_level=level))
+    pipe: Any = Pipe()
+    process.main(pipe, EngineConfig(model="m", store="s", log_level=level))
     assert told["level"] == level.upper()
