@@ -2,11 +2,8 @@
 
 import gc
 import random
-import threading
 import time
-import weakref
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,14 +12,11 @@ import torch
 from tests.adapters_store.files import VALID, Files, lora
 from tests.adapters_store.peft_models import ModelSites
 from tests.adapters_store.stores import Store, add, bytes_of
-from weft.adapters_store import loader
-from weft.adapters_store.compile import compile_adapter
 from weft.adapters_store.errors import (
     AdapterError,
     AdapterInvalid,
     AdapterTooLarge,
 )
-from weft.adapters_store.images import Images
 from weft.adapters_store.leases import Lease
 from weft.adapters_store.residency import CLAIM_POLLS
 
@@ -157,36 +151,6 @@ def test_scattered_room_is_brought_together(tmp_path, llama, block_bytes):
         store.residency.check()
 
 
-def test_a_block_whose_move_failed_is_loaded_again(tmp_path, llama, block_bytes, monkeypatch, caplog):
-    with Store(tmp_path / "store", llama, 4 * block_bytes) as store:
-        digests = add(store, 1, 2, 3, 4)
-        (large,) = add(store, 5, rank=7)
-        leases = sorted((store.acquire(digest) for digest in digests), key=lambda lease: lease.block.offset)
-        before = {lease.digest: bytes_of(store, lease) for lease in leases}
-        for at in (0, 2, 1):
-            store.residency.release(leases[at])
-        for at in (0, 2):
-            store.remove(next(e.name for e in store.catalog.list() if e.digest == leases[at].digest))
-        evictions = store.residency.stats().evictions
-
-        def broken(buffer, move):
-            buffer[move.target : move.target + move.nbytes // 2] = 7
-            raise torch.OutOfMemoryError("out of luck")
-
-        monkeypatch.setattr(loader, "copy_overlapping", broken)
-        assert store.acquire(large).block.nbytes > block_bytes
-        store.residency.check()
-        assert store.residency.stats().evictions == 1
-        assert evictions == 2
-        monkeypatch.undo()
-        # neither what was half copied nor what lies there since
-        assert store.residency.acquire(leases[1].digest) is None
-        moved = store.acquire(leases[1].digest)
-        assert bytes_of(store, moved) == before[moved.digest]
-        assert "MoveJob" in caplog.text
-        store.residency.check()
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_of_events_keeps_books_and_bytes(seed, tmp_path, llama, block_bytes):
     choose = random.Random(seed)
@@ -291,64 +255,6 @@ def test_preparing_what_was_forgotten_brings_it_back(small):
     assert list((small.root / "images").glob(f"{digest}*"))
 
 
-def test_the_engine_never_waits_for_the_disk(tmp_path, llama, monkeypatch):
-    slow = threading.Event()
-    right = Images.opened
-
-    def opened(images, digest):
-        slow.wait(10)
-        return right(images, digest)
-
-    with Store(tmp_path / "store", llama) as store:
-        a, b = add(store, 1, 2)
-        held = store.acquire(a)
-        monkeypatch.setattr(Images, "opened", opened)
-        start = time.monotonic()
-        for _ in range(100):
-            store.residency.poll()
-            assert store.residency.acquire(b) is None
-            assert store.residency.acquire(a) is not None
-        assert time.monotonic() - start < 1
-        slow.set()
-        assert store.acquire(b).digest == b
-        assert held.digest == a
-
-
-def test_a_slow_compile_delays_no_load(tmp_path, llama, monkeypatch):
-    goes_on = threading.Event()
-    right = compile_adapter
-
-    def slow(*arguments):
-        assert goes_on.wait(10)
-        return right(*arguments)
-
-    with Store(tmp_path / "store", llama) as store:
-        a, b = add(store, 1, 2)
-        for image in (store.root / "images").glob(f"{a}*"):
-            image.unlink()
-    with Store(tmp_path / "store", llama) as store:
-        monkeypatch.setattr(loader, "compile_adapter", slow)
-        assert store.residency.acquire(a) is None
-        # neither known nor loaded before
-        assert store.acquire(b).digest == b
-        assert store.residency.acquire(a) is None
-        assert not store.residency.lacks_room(a)
-        goes_on.set()
-        assert store.acquire(a).digest == a
-
-
-def test_who_waits_for_room_is_told_from_who_waits_for_the_loader(small):
-    a, b, c = add(small, 1, 2, 3)
-    assert small.residency.acquire(a) is None
-    assert not small.residency.lacks_room(a)
-    leases = [small.acquire(digest) for digest in (a, b)]
-    assert small.residency.acquire(c) is None
-    assert small.residency.lacks_room(c)
-    small.residency.release(leases[0])
-    assert small.residency.acquire(c) is None
-    assert not small.residency.lacks_room(c)
-
-
 def _reachable(*roots: object) -> Iterator[object]:
     seen: set[int] = set()
     todo = list(roots)
@@ -385,15 +291,6 @@ def test_prepared_results_name_the_field_at_fault(small):
     assert small.files() == []
 
 
-def test_closing_stops_the_loader(tmp_path: Path, llama):
-    store = Store(tmp_path / "store", llama)
-    # other tests of this process may have loaders of their own
-    before = sum(thread.name.startswith("adapter-") for thread in threading.enumerate())
-    assert before
-    store.__exit__(None, None, None)
-    assert sum(thread.name.startswith("adapter-") for thread in threading.enumerate()) == before - 2
-
-
 @pytest.mark.gpu
 def test_a_gpu_holds_the_same_bytes_through_loads_evictions_and_moves(tmp_path, llama, block_bytes):
     with Store(tmp_path / "store", llama) as store:
@@ -406,17 +303,3 @@ def test_a_gpu_holds_the_same_bytes_through_loads_evictions_and_moves(tmp_path, 
             store.residency.release(lease)
             store.residency.check()
         assert store.residency.stats().evictions > 0
-
-
-def test_nothing_is_kept_of_a_residency_that_nobody_holds(tmp_path, llama):
-    store = Store(tmp_path / "store", llama)
-    store.residency.release(store.acquire(add(store, 1)[0]))
-    buffer, threads = weakref.ref(store.arena.buffer), threading.active_count()
-    store.catalog.close()
-    del store
-    gc.collect()
-    assert buffer() is None
-    until = time.monotonic() + 10
-    while threading.active_count() >= threads and time.monotonic() < until:
-        time.sleep(0.01)
-    assert threading.active_count() < threads
