@@ -112,7 +112,7 @@ class Done:
     """What came of a job: an error, or what it asked for.
 
     nbytes:     of the block
-    report:     of a PrepareJob
+    report:     of a PrepareJob, and of a MakeJob that compiled the version itself
     directory:  of a LoadJob
     unusable:   whether a SizeJob or LoadJob found no image, or a damaged one
     """
@@ -198,7 +198,7 @@ class Loader:
                 report = self._prepare(digest)
                 return Done(job, nbytes=report.device_bytes, report=report)
             case MakeJob():
-                return Done(job, nbytes=self._make(job))
+                return self._make(job)
             case RemoveJob(digest):
                 self._images_of(job).remove(digest)
                 return Done(job)
@@ -239,18 +239,15 @@ class Loader:
         images.write(digest, block)
         return report
 
-    def _make(self, job: MakeJob) -> int:
+    def _make(self, job: MakeJob) -> Done:
         """Compile a version unless a job before this one did."""
         images = self._images_of(job)
         if not job.anew:
             with suppress(ImageMissing, AdapterCorrupt):
-                return images.nbytes(job.digest)
+                return Done(job, nbytes=images.nbytes(job.digest))
         digest, members = job.source or (job.digest, job.members)
         try:
-            if members:
-                self._compose(digest, members)
-            else:
-                self._prepare(digest)
+            report = self._compose(digest, members) if members else self._prepare(digest)
         except AdapterInvalid as error:
             if members:
                 # each is valid, so it is the list that is not
@@ -258,7 +255,7 @@ class Loader:
             # it was valid when it was registered, so it was for another backbone
             raise AdapterIncompatible(error.message, error.field) from error
         try:
-            return images.nbytes(job.digest)
+            return Done(job, nbytes=images.nbytes(job.digest), report=None if job.source else report)
         except ImageMissing:
             raise AdapterCorrupt("image: expected what refers to it to make it, got others") from None
 

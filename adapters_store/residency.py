@@ -170,9 +170,9 @@ class Residency:
                     self._moved(self._versions[digest], done)
                 case LoadJob(digest):
                     self._loaded(self._versions[digest], done)
-                case RemoveJob():
+                case RemoveJob(digest):
                     # an image that could not be deleted costs disk only, and goes when the store is opened next
-                    pass
+                    self._removed(digest)
         self._forget_composed()
         self._drop_forgotten()
         return prepared
@@ -306,15 +306,20 @@ class Residency:
             if self._may_leave(version):
                 self._evict(version)
             if version.state is State.ABSENT:
-                self._forgotten.discard(digest)
-                del self._versions[digest]
-                self._composed.pop(digest, None)
-                self._banks.pop(digest, None)
                 self._loader.submit(RemoveJob(digest, version.members))
-                self._forget_banks_of(version)
+                self._discard(version)
 
-    def _forget_banks_of(self, version: Version) -> None:
-        """Forget the banks that no other version known here refers to: whoever comes later makes them again."""
+    def _removed(self, digest: str) -> None:
+        """The image is gone; a version that was prepared before it went, and is not there, is nobody's either."""
+        version = self._versions.get(digest)
+        if version is not None and version.state is State.ABSENT:
+            self._discard(version)
+
+    def _discard(self, version: Version) -> None:
+        """Remember nothing of a version, nor of banks that no other one refers to: whoever comes makes them again."""
+        for known in (self._versions, self._composed, self._banks):
+            known.pop(version.digest, None)
+        self._forgotten.discard(version.digest)
         kept = {bank for each in self._versions.values() for bank in each.banks}
         for bank in version.banks:
             if bank in self._versions and bank not in kept:
@@ -349,6 +354,8 @@ class Residency:
             return
         version.state, version.nbytes = State.ABSENT, done.nbytes
         version.made = version.made and done.error is None
+        if done.report is not None:
+            version.banks = done.report.banks
         self._note(version, done)
 
     def _moved(self, version: Version, done: Done) -> None:

@@ -157,9 +157,11 @@ class Engine:
             raise
         except Exception as error:
             # one of the three broad excepts: whatever breaks a step must not take the other requests with it
-            logger.exception("step failed: %d requests, %d rows", len(batch.items), batch.tokens)
             if len(batch.items) == 1:
+                logger.exception("a step over one request failed: %d rows", batch.tokens)
                 return self.scheduler.fail(batch, *_failure_of_step(error))
+            said = type(error).__name__, len(batch.items), batch.tokens
+            logger.warning("step failed, is run again in halves: %s, %d requests, %d rows", *said)
         else:
             return self.scheduler.commit(batch, sampled)
         half = len(batch.items) // 2

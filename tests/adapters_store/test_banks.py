@@ -1,5 +1,6 @@
 """Factors that adapters share: in the arena once, there as long as anybody needs them, made again when they go."""
 
+import random
 import shutil
 from pathlib import Path
 
@@ -8,19 +9,24 @@ import pytest
 
 from tests.adapters_store.peft_models import ModelSites, build, sites_of
 from tests.adapters_store.stores import Store, bytes_of
-from tests.support.methods.case import LLAMA, by_peft, noise
+from tests.support.methods.case import LLAMA, Case, by_peft, noise
 from weft.adapters_store.banks import bank_bytes, banks_of, shared_digests
 from weft.adapters_store.compile import block_bytes, compile_adapter
 from weft.adapters_store.composition import derive
 from weft.adapters_store.errors import AdapterCorrupt, AdapterTooLarge
 from weft.adapters_store.files import AdapterFiles
 from weft.adapters_store.formats import parse_adapter, read_adapter
+from weft.adapters_store.residency import CLAIM_POLLS
 
-CASE = by_peft(
-    "shared",
-    lambda _: peft.VeraConfig(r=24, target_modules=["q_proj", "v_proj", "down_proj"], projection_prng_key=5),
-    noise(0.3),
-)
+
+def vera(key: int) -> Case:
+    """Adapters of the random matrices of this key."""
+    modules = ["q_proj", "v_proj", "down_proj"]
+    config = peft.VeraConfig(r=24, target_modules=modules, projection_prng_key=key)
+    return by_peft("shared", lambda _: config, noise(0.3))
+
+
+CASE, OTHER = vera(5), vera(6)
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +196,7 @@ def test_damaged_factors_are_made_from_whoever_is_there(store, folders):
 
 
 def test_factors_are_let_go_when_others_cannot_be_had(store, folders, tmp_path):
-    other = by_peft(
-        "other",
-        lambda _: peft.VeraConfig(r=24, target_modules=["q_proj", "v_proj", "down_proj"], projection_prng_key=6),
-        noise(0.3),
-    )
-    a, b = register(store, [folders[0], other.make(LLAMA, tmp_path / "other-files", 3)])
+    a, b = register(store, [folders[0], OTHER.make(LLAMA, tmp_path / "other-files", 3)])
     digest, members = derive([(a, 1.0), (b, 0.5)])
     assert digest is not None
     lease = store.acquire(digest, members)
@@ -209,3 +210,42 @@ def test_factors_are_let_go_when_others_cannot_be_had(store, folders, tmp_path):
         store.acquire(digest, members)
     assert first in store.residency._idle
     store.residency.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_events_keeps_factors_for_as_long_as_anybody_needs_them(seed, folders, llama, tmp_path):
+    choose = random.Random(seed)
+    with Store(tmp_path / "store", llama) as roomy:
+        digests = register(roomy, [*folders, OTHER.make(LLAMA, tmp_path / "other-files", 3)])
+        leases = [roomy.acquire(digest) for digest in digests]
+        wanted = {each.digest: bytes_of(roomy, each) for lease in leases for each in (lease, *lease.banks)}
+        largest = max(lease.block.nbytes + sum(bank.block.nbytes for bank in lease.banks) for lease in leases)
+    # never room for all
+    with Store(tmp_path / "store", llama, largest + 4096) as store:
+        leases = []
+        for _ in range(300):
+            match choose.choice(["acquire", "acquire", "release", "poll", "forget", "wait"]):
+                case "acquire":
+                    lease = store.residency.acquire(choose.choice(digests))
+                    leases += [lease] if lease is not None else []
+                case "release" if leases:
+                    lease = leases.pop(choose.randrange(len(leases)))
+                    for each in (lease, *lease.banks):
+                        assert bytes_of(store, each) == wanted[each.digest]
+                    store.residency.release(lease)
+                case "poll":
+                    store.residency.poll()
+                case "forget" if choose.random() < 0.3:
+                    store.residency.forget(choose.choice(digests))
+                case "wait":
+                    store.settle()
+            store.residency.check()
+        for lease in leases:
+            store.residency.release(lease)
+        for digest in digests:
+            store.residency.forget(digest)
+        for _ in range(CLAIM_POLLS + 3):
+            store.settle()
+            store.residency.poll()
+        assert store.arena.used_bytes == 0
+        assert not store.residency._versions

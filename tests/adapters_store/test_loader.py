@@ -8,10 +8,36 @@ from pathlib import Path
 
 import torch
 
+from tests.adapters_store.files import lora
 from tests.adapters_store.stores import Store, add, bytes_of
 from weft.adapters_store import loader
 from weft.adapters_store.compile import compile_adapter
 from weft.adapters_store.images import Images
+
+
+def test_what_is_forgotten_while_it_is_prepared_leaves_nothing(small, monkeypatch):
+    (digest,) = add(small, 1)
+    store, goes_on = small, threading.Event()
+    store.remove("n1-4")
+    right = loader.Loader._prepare
+
+    def prepare(self, digest):
+        assert goes_on.wait(10)
+        return right(self, digest)
+
+    monkeypatch.setattr(loader.Loader, "_prepare", prepare)
+    with store.catalog.stage() as upload:
+        config, weights = lora(4, 1).encode()
+        upload.write_config(config)
+        upload.write_weights(weights)
+        assert upload.finish() == digest
+        store.residency.prepare(digest)
+        # its caller has gone
+        store.residency.forget(digest)
+        goes_on.set()
+        store.settle()
+    assert not store.residency._versions
+    assert store.files() == []
 
 
 def test_a_block_whose_move_failed_is_loaded_again(tmp_path, llama, block_bytes, monkeypatch, caplog):
