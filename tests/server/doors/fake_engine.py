@@ -166,6 +166,7 @@ class FakeEngine:
     def step(self) -> list[Event]:
         """One more token for everybody."""
         events: list[Event] = []
+        rows = len(self.requests)
         for request in list(self.requests.values()):
             first = request.submit.prompt[0]
             if first == WAIT:
@@ -176,7 +177,7 @@ class FakeEngine:
             if first != HANG and not request.stuck:
                 events.append(self.advance(request, first))
         if events:
-            events.append(self.stats(rows=len(self.requests) + 1))
+            events.append(self.stats(rows))
         return events
 
     def advance(self, request: Request, first: int) -> Event:
