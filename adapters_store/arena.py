@@ -72,10 +72,6 @@ class Arena:
             start = self._holes.pop(at - 1)[0]
         insort(self._holes, (start, stop))
 
-    def view(self, offset: int, nbytes: int) -> Tensor:
-        """The bytes of a block, as a view."""
-        return self.buffer[offset : offset + nbytes]
-
     def room_bytes(self, leaving: Collection[int]) -> int:
         """The largest hole there would be if these blocks were freed."""
         largest, at, gone = 0, 0, set(leaving)

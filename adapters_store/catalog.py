@@ -200,8 +200,8 @@ class Catalog:
             parse_adapter(AdapterFiles.read(version_folder(self._root, digest), data=False), backbone)
         except AdapterInvalid as error:
             return error.message
-        except AdapterCorrupt:
-            # stays active: whoever asks for it is told that its bytes are damaged
+        except (AdapterCorrupt, StoreIOError):
+            # stays active: whoever asks for it is told that its bytes are damaged, or cannot be read
             return ""
         return ""
 

@@ -59,7 +59,7 @@ def compile_adapter(
 
     bytes_max:  the most a block and the banks that it refers to may take; judged from shapes, before anything is
                 allocated
-    keep:       given the digest and the image of each bank
+    keep:       given the digest and the image of each bank, once the block is made
     AdapterInvalid if a value cannot be served, AdapterTooLarge if the block would not fit.
     """
     _require_room(parsed, catalogue, geometry, bytes_max)
@@ -70,18 +70,20 @@ def compile_adapter(
         values.require_zeros(ref)
     block = _Block(catalogue, geometry, values, banks_of(parsed))
     shared = [bank_image(bank, values, geometry) for bank in block.banks]
-    for number, (digest, image) in enumerate(shared):
-        block.records.append(reference(number, digest))
-        if keep is not None:
-            keep(digest, image)
+    block.records += [reference(number, digest) for number, (digest, _) in enumerate(shared)]
     for path, said in parsed.sites.items():
         block.add_site(path, said)
     for part in parsed.parts:
         block.add_part(part)
     image = block.image()
+    if keep is not None:
+        for digest, shared_image in shared:
+            keep(digest, shared_image)
     notes = *parsed.notes, *_notes(parsed, values, geometry.dtype), *_shared_notes(shared)
     traits = traits_of(directory(image))
-    return image, AdapterReport(parsed.method, parsed.dialect, image.numel(), tuple(block.summaries), notes, traits)
+    banks = tuple(digest for digest, _ in shared)
+    summaries = tuple(block.summaries)
+    return image, AdapterReport(parsed.method, parsed.dialect, image.numel(), summaries, notes, traits, banks)
 
 
 def _require_room(parsed: ParsedAdapter, catalogue: SiteCatalogue, geometry: Geometry, bytes_max: int) -> None:

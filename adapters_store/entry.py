@@ -27,6 +27,7 @@ class Entry:
     create_time_ms:   wall clock, since the epoch
     backbone_digest:  the backbone it was registered with
     context_tokens:   of the backbone's context that the adapter takes for itself
+    banks:            digests of the blocks that it shares with others
     state, reason:    judged for the backbone that is loaded, not stored
     """
 
@@ -41,6 +42,7 @@ class Entry:
     create_time_ms: int
     backbone_digest: str
     context_tokens: int = 0
+    banks: tuple[str, ...] = ()
     state: State = "active"
     reason: str = ""
     # thousands of entries of hundreds of sites: kept small until somebody asks
@@ -54,7 +56,7 @@ class Entry:
             SiteSummary(module, tuple(operators), rank, size, tuple(folds))
             for module, operators, rank, size, folds in rows
         )
-        return AdapterReport(self.method, self.dialect, self.device_bytes, sites, self.notes)
+        return AdapterReport(self.method, self.dialect, self.device_bytes, sites, self.notes, banks=self.banks)
 
 
 def make_entry(
@@ -74,6 +76,7 @@ def make_entry(
         create_time_ms=create_time_ms,
         backbone_digest=backbone_digest,
         context_tokens=report.traits.extra_rows + report.traits.position_offset,
+        banks=report.banks,
         packed_sites=_pack(json.dumps(rows, separators=(",", ":")).encode()),
     )
 
@@ -110,9 +113,12 @@ def decode(record: bytes) -> Entry:
     values: dict[str, Any] = json.loads(head)
     if values.pop("format", None) != FORMAT:
         raise AdapterCorrupt(f"record: expected format {FORMAT}, got another")
+    # records of before there were banks are whole without
+    values.setdefault("banks", ())
     if values.keys() != {f.name for f in fields(Entry)} - {"state", "reason", "packed_sites"}:
         raise AdapterCorrupt("record: expected the fields of an entry, got others")
-    entry = Entry(**{**values, "notes": tuple(values["notes"])}, packed_sites=_pack(sites))
+    lists = {key: tuple(values[key]) for key in ("notes", "banks")}
+    entry = Entry(**{**values, **lists}, packed_sites=_pack(sites))
     if not NAME.fullmatch(entry.name) or not is_digest(entry.digest):
         raise AdapterCorrupt("record: expected a name and a digest, got something else")
     return entry

@@ -1,8 +1,9 @@
-"""The thread that touches disk and bytes, so that the engine's does not: it prepares versions and fills blocks.
+"""The threads that touch disk and bytes, so that the engine's does not: one makes images, one fills blocks.
 
-It keeps no books: a job says where to write, a result says what came of it. Jobs are done in the order in which they
-were given, so that a plan may count on the plans before it. On a GPU, bytes go through pinned memory and a stream of
-their own, behind whatever the engine had launched when the job was given.
+They keep no books: a job says where to write, a result says what came of it. Compiling takes seconds and loading takes
+milliseconds, so neither waits for the other; each kind of job is done in the order in which it was given, so that a
+plan may count on the plans before it. On a GPU, bytes go through pinned memory and a stream of their own, behind
+whatever the engine had launched when the job was given.
 """
 
 import logging
@@ -12,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,29 +52,18 @@ class PrepareJob:
 
 
 @dataclass(frozen=True)
-class SizeJob:
-    """Say how large a version's block is; its image is made if there is none.
+class MakeJob:
+    """Store the image of a version that was registered, and say how large its block is.
 
     members:  of a derived version
     source:   of a bank: a version that refers to it, and the members of that if it is a derived one
+    anew:     also if there is one: it is damaged
     """
 
     digest: str
     members: Members = ()
     source: Source | None = None
-
-
-@dataclass(frozen=True)
-class LoadJob:
-    """Make the moves, then fill the block at ``offset``."""
-
-    digest: str
-    offset: int
-    nbytes: int
-    moves: tuple[Move, ...]
-    ready: "torch.cuda.Event | None"
-    members: Members = ()
-    source: Source | None = None
+    anew: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +74,37 @@ class RemoveJob:
     members: Members = ()
 
 
-Job = PrepareJob | SizeJob | LoadJob | RemoveJob
+@dataclass(frozen=True)
+class SizeJob:
+    """Say how large a version's block is."""
+
+    digest: str
+    members: Members = ()
+
+
+@dataclass(frozen=True)
+class MoveJob:
+    """Copy the block of a version to where its place is now."""
+
+    digest: str
+    move: Move
+    ready: "torch.cuda.Event | None"
+
+
+@dataclass(frozen=True)
+class LoadJob:
+    """Fill the block at ``offset``."""
+
+    digest: str
+    offset: int
+    nbytes: int
+    ready: "torch.cuda.Event | None"
+    members: Members = ()
+
+
+ImageJob = PrepareJob | MakeJob | RemoveJob
+BlockJob = SizeJob | MoveJob | LoadJob
+Job = ImageJob | BlockJob
 
 
 @dataclass(frozen=True)
@@ -92,8 +112,9 @@ class Done:
     """What came of a job: an error, or what it asked for.
 
     nbytes:     of the block
-    report:     of a PrepareJob
+    report:     of a PrepareJob, and of a MakeJob that compiled the version itself
     directory:  of a LoadJob
+    unusable:   whether a SizeJob or LoadJob found no image, or a damaged one
     """
 
     job: Job
@@ -102,10 +123,11 @@ class Done:
     nbytes: int = 0
     report: AdapterReport | None = None
     directory: Directory | None = None
+    unusable: bool = False
 
 
 class Loader:
-    """One thread, a queue of jobs to it and a queue of results from it. One other thread may call the methods.
+    """Two threads, a queue of jobs to each and a queue of results from both. One other thread may call the methods.
 
     buffer:     the arena's bytes
     bytes_max:  the most that a block may take
@@ -120,15 +142,10 @@ class Loader:
         self._composed = replace(self._images, folder=COMPOSED)
         self._composed.clear()
         self._device = _Device(buffer) if buffer.is_cuda else None
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Done] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._open = 0
-        # the thread must not keep an arena that nobody else wants
-        own = weakref.ref(self)
-        self._thread = threading.Thread(target=_work, args=(own, self._jobs), name="adapter-loader", daemon=True)
-        self._thread.start()
-        weakref.finalize(self, self._jobs.put, None)
+        self._making, self._loading = _Thread("adapter-compiler", self), _Thread("adapter-loader", self)
 
     @property
     def busy(self) -> bool:
@@ -138,10 +155,10 @@ class Loader:
     def submit(self, job: Job) -> None:
         """Queue a job."""
         self._open += 1
-        self._jobs.put(job)
+        (self._making if isinstance(job, ImageJob) else self._loading).jobs.put(job)
 
     def take(self) -> list[Done]:
-        """Results since the last call, in the order of their jobs; never waits."""
+        """Results since the last call, those of each thread in the order of their jobs; never waits."""
         found: list[Done] = []
         with suppress(queue.Empty):
             while True:
@@ -150,10 +167,11 @@ class Loader:
         return found
 
     def close(self) -> None:
-        """Finish the job under way and stop; jobs behind it are dropped."""
+        """Finish the jobs under way and stop; jobs behind them are dropped."""
         self._closing.set()
-        self._jobs.put(None)
-        self._thread.join()
+        for each in (self._making, self._loading):
+            each.jobs.put(None)
+            each.thread.join()
 
     @property
     def closing(self) -> bool:
@@ -161,7 +179,7 @@ class Loader:
         return self._closing.is_set()
 
     def work(self, job: Job) -> None:
-        """Do a job; what came of it, an error included, is among the results. For the loader's own thread."""
+        """Do a job; what came of it, an error included, is among the results. For the loader's own threads."""
         start = time.monotonic()
         try:
             done = self._do(job)
@@ -179,16 +197,23 @@ class Loader:
             case PrepareJob(digest):
                 report = self._prepare(digest)
                 return Done(job, nbytes=report.device_bytes, report=report)
-            case SizeJob():
-                return Done(job, nbytes=self._size(job))
-            case LoadJob():
-                return Done(job, nbytes=job.nbytes, directory=self._load(job))
+            case MakeJob():
+                return self._make(job)
             case RemoveJob(digest):
                 self._images_of(job).remove(digest)
                 return Done(job)
+            case MoveJob(_, move, ready):
+                with self._behind(ready):
+                    copy_overlapping(self._buffer, move)
+                return Done(job)
+            case SizeJob() | LoadJob():
+                return self._from_image(job)
 
-    def _images_of(self, job: SizeJob | LoadJob | RemoveJob) -> Images:
+    def _images_of(self, job: SizeJob | MakeJob | LoadJob | RemoveJob) -> Images:
         return self._composed if job.members else self._images
+
+    def _behind(self, ready: "torch.cuda.Event | None") -> AbstractContextManager[None]:
+        return self._device.behind(ready) if self._device else nullcontext()
 
     def _prepare(self, digest: str) -> AdapterReport:
         parsed = parse_adapter(read_version(self._root, digest), self._catalogue.info)
@@ -214,52 +239,65 @@ class Loader:
         images.write(digest, block)
         return report
 
-    def _size(self, job: SizeJob) -> int:
-        try:
-            return self._images_of(job).nbytes(job.digest)
-        except (ImageMissing, AdapterCorrupt) as reason:
-            return self._make_again(job, reason)
-
-    def _load(self, job: LoadJob) -> Directory:
-        with self._device.behind(job.ready) if self._device else nullcontext():
-            for move in job.moves:
-                copy_overlapping(self._buffer, move)
-            try:
-                return self._fill(job)
-            except (ImageMissing, AdapterCorrupt) as reason:
-                self._make_again(job, reason)
-                return self._fill(job)
-
-    def _fill(self, job: LoadJob) -> Directory:
-        block = self._buffer[job.offset : job.offset + job.nbytes]
-        with self._images_of(job).opened(job.digest) as image:
-            if image.nbytes != job.nbytes:
-                raise AdapterCorrupt("image: expected its length to stay, got another")
-            if self._device:
-                self._device.copy(image, block)
-            else:
-                image.read_into(block)
-            image.verify()
-        return directory(block)
-
-    def _make_again(self, job: SizeJob | LoadJob, reason: Exception) -> int:
-        if isinstance(reason, AdapterCorrupt):
-            log.warning("the image of %.12s is damaged: compiling it again", job.digest)
+    def _make(self, job: MakeJob) -> Done:
+        """Compile a version unless a job before this one did."""
+        images = self._images_of(job)
+        if not job.anew:
+            with suppress(ImageMissing, AdapterCorrupt):
+                return Done(job, nbytes=images.nbytes(job.digest))
         digest, members = job.source or (job.digest, job.members)
         try:
             report = self._compose(digest, members) if members else self._prepare(digest)
-            return report.device_bytes if job.source is None else self._images.nbytes(job.digest)
         except AdapterInvalid as error:
             if members:
                 # each is valid, so it is the list that is not
                 raise
             # it was valid when it was registered, so it was for another backbone
             raise AdapterIncompatible(error.message, error.field) from error
+        try:
+            return Done(job, nbytes=images.nbytes(job.digest), report=None if job.source else report)
+        except ImageMissing:
+            raise AdapterCorrupt("image: expected what refers to it to make it, got others") from None
+
+    def _from_image(self, job: SizeJob | LoadJob) -> Done:
+        try:
+            with self._images_of(job).opened(job.digest) as image:
+                if isinstance(job, SizeJob):
+                    return Done(job, nbytes=image.nbytes)
+                return Done(job, nbytes=job.nbytes, directory=self._fill(job, image))
+        except ImageMissing:
+            return Done(job, unusable=True)
+        except AdapterCorrupt:
+            log.warning("the image of %.12s is damaged", job.digest)
+            return Done(job, unusable=True)
+
+    def _fill(self, job: LoadJob, image: ImageFile) -> Directory:
+        if image.nbytes != job.nbytes:
+            raise AdapterCorrupt("image: expected its length to stay, got another")
+        block = self._buffer[job.offset : job.offset + job.nbytes]
+        with self._behind(job.ready):
+            if self._device:
+                self._device.copy(image, block)
+            else:
+                image.read_into(block)
+            image.verify()
+            return directory(block)
+
+
+class _Thread:
+    """A thread that does the jobs of its queue, one by one. It keeps no loader, and no arena, that nobody wants."""
+
+    def __init__(self, name: str, loader: Loader) -> None:
+        self.jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        own = weakref.ref(loader)
+        self.thread = threading.Thread(target=_work, args=(own, self.jobs), name=name, daemon=True)
+        self.thread.start()
+        weakref.finalize(loader, self.jobs.put, None)
 
 
 @torch.inference_mode()
 def _work(own: "weakref.ref[Loader]", jobs: "queue.SimpleQueue[Job | None]") -> None:
-    """What the thread does until it is told to stop, or its loader is gone."""
+    """What a thread does until it is told to stop, or its loader is gone."""
     # this thread's own setting: a second team of threads would fight the engine's for the cores
     torch.set_num_threads(1)
     while (job := jobs.get()) is not None:

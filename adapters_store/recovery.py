@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from weft.adapters_store.durable import FILE_MODE, FOLDER_MODE, discard, io_errors, sync_folder
@@ -55,13 +56,14 @@ def read_records(root: Path) -> tuple[dict[str, Entry], list[str]]:
 
 def remove_orphans(root: Path, entries: Iterable[Entry], all_read: bool) -> list[str]:
     """Remove what nobody names: staging, images and, only if every name could be read, versions."""
-    named = {entry.digest for entry in entries}
+    named = {entry.digest: entry.banks for entry in entries}
+    kept = {*named, *chain(*named.values())}
     problems: list[str] = []
     with io_errors("clearing the store"):
         for path in (root / STAGING).iterdir():
             _remove(path)
         for path in (root / IMAGES).iterdir():
-            if path.name[:64] not in named:
+            if path.name[:64] not in kept:
                 _remove(path)
         for path in sorted((root / OBJECTS).iterdir()):
             if path.name in named:

@@ -36,7 +36,11 @@ class Traits:
 
 @dataclass(frozen=True, slots=True)
 class AdapterReport:
-    """What an adapter compiled to; ``device_bytes`` is the size of its block, directory included."""
+    """What an adapter compiled to.
+
+    device_bytes:  the size of its block, directory included
+    banks:         digests of the blocks that it shares with others
+    """
 
     method: str
     dialect: str
@@ -44,3 +48,4 @@ class AdapterReport:
     sites: tuple[SiteSummary, ...]
     notes: tuple[str, ...] = ()
     traits: Traits = Traits()
+    banks: tuple[str, ...] = ()

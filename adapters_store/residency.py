@@ -1,4 +1,4 @@
-"""Which adapters are in the arena: acquired and released by the engine, loaded by a thread of their own.
+"""Which adapters are in the arena: acquired and released by the engine, compiled and loaded by threads of their own.
 
 One thread keeps every book here and never waits; the loader only moves bytes. Who is in use, or is being written, never
 moves and never leaves. Of the rest the least recently used leaves first.
@@ -7,7 +7,8 @@ moves and never leaves. Of the rest the least recently used leaves first.
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 
@@ -16,9 +17,9 @@ import torch
 from weft.adapters_store.arena import Arena, Move
 from weft.adapters_store.banks import shared_digests
 from weft.adapters_store.composition import Members, Source
-from weft.adapters_store.errors import AdapterError, AdapterTooLarge
-from weft.adapters_store.loader import Done, Loader, LoadJob, PrepareJob, RemoveJob, SizeJob
-from weft.adapters_store.report import AdapterReport
+from weft.adapters_store.errors import AdapterCorrupt, AdapterTooLarge
+from weft.adapters_store.leases import Lease, PrepareResult, ResidencyStats
+from weft.adapters_store.loader import Done, Loader, LoadJob, MakeJob, MoveJob, PrepareJob, RemoveJob, SizeJob
 from weft.adapters_store.sites import SiteCatalogue
 from weft.adapters_store.versions import State, Version
 from weft.kernels.batch import Block
@@ -30,43 +31,6 @@ ERROR_S = 1.0
 # callers make up derived versions at will: of those that nobody asks for, as many are kept as a step has requests by
 # default, and no more bytes of images than the arena could hold
 COMPOSED_IDLE_MAX = 256
-
-
-@dataclass(frozen=True, eq=False)
-class Lease:
-    """An adapter in use: its block, and the banks that it refers to, stay where they are until it is released."""
-
-    digest: str
-    block: Block
-    banks: tuple["Lease", ...] = ()
-
-
-@dataclass(frozen=True)
-class PrepareResult:
-    """What came of ``prepare``: a report, or the error."""
-
-    digest: str
-    report: AdapterReport | None = None
-    error: AdapterError | None = None
-
-
-@dataclass(frozen=True)
-class ResidencyStats:
-    """Bytes and blocks in the arena now; the others since they were last asked for.
-
-    adapters_bytes:  of all blocks, those being loaded included, but for those of derived versions, composed_bytes, and
-                     those that adapters refer to, shared_bytes;  ``adapters_resident``: how many
-    load_s:          one per load, from its start on the loader to the last byte
-    """
-
-    adapters_bytes: int
-    adapters_resident: int
-    composed_bytes: int
-    shared_bytes: int
-    loads: int
-    evictions: int
-    hits: int
-    load_s: tuple[float, ...]
 
 
 class Residency:
@@ -101,7 +65,7 @@ class Residency:
         # no block of this size or above finds room until something changes
         self._no_room_bytes: float = inf
         self._claims_until = 0
-        self._loads, self._evictions, self._hits = 0, 0, 0
+        self._loads, self._evictions = 0, 0
         self._load_s: list[float] = []
 
     def prepare(self, digest: str) -> None:
@@ -119,11 +83,13 @@ class Residency:
         """
         version = self._versions.setdefault(digest, Version(digest, members, source))
         if source is not None:
-            self._banks[digest] = version
+            # the one before may have lost its files since
+            version.source, self._banks[digest] = source, version
+            self._forgotten.discard(digest)
         if members:
             self._composed.pop(digest, None)
             self._composed[digest], version.asked = version, self._polls
-        if version.error is not None and time.monotonic() < version.until:
+        if version.error is not None and version.blamed == source and time.monotonic() < version.until:
             raise version.error
         if version.state is State.ABSENT:
             self._bring(version)
@@ -133,8 +99,6 @@ class Residency:
         banks = self._acquire_banks(version)
         if banks is None:
             return None
-        if not version.unclaimed:
-            self._hits += 1
         version.unclaimed = 0
         version.uses += 1
         self._idle.pop(digest, None)
@@ -143,18 +107,25 @@ class Residency:
 
     def _acquire_banks(self, version: Version) -> tuple[Lease, ...] | None:
         """Leases on all that a version refers to, or None while any is not there."""
-        assert version.directory is not None
-        held: list[Lease] = []
-        for digest in shared_digests(version.directory):
-            lease = self.acquire(digest, source=(version.digest, version.members))
-            if lease is None:
-                for each in held:
-                    self.release(each)
-                # it stays for as long as somebody asks
-                version.unclaimed = self._claims_until = self._polls + CLAIM_POLLS
-                return None
-            held.append(lease)
+        with ExitStack() as unless_all:
+            held: list[Lease] = []
+            for digest in version.banks:
+                lease = self.acquire(digest, source=(version.digest, version.members))
+                if lease is None:
+                    # it stays for as long as somebody asks
+                    version.unclaimed = self._claims_until = self._polls + CLAIM_POLLS
+                    return None
+                held.append(lease)
+                unless_all.callback(self.release, lease)
+            unless_all.pop_all()
         return tuple(held)
+
+    def lacks_room(self, digest: str) -> bool:
+        """Whether what ``acquire`` just returned None for waits for room, and not for the loader."""
+        version = self._versions[digest]
+        if version.state is State.RESIDENT:
+            return any(self.lacks_room(bank) for bank in version.banks if bank in self._versions)
+        return version.state is State.ABSENT
 
     def release(self, lease: Lease) -> None:
         """End a use. The block stays until its room is needed, or leaves at once if the version was forgotten."""
@@ -193,13 +164,15 @@ class Residency:
                 case PrepareJob(digest):
                     self._prepared(digest, done)
                     prepared.append(PrepareResult(digest, done.report, done.error))
-                case SizeJob(digest):
+                case SizeJob(digest) | MakeJob(digest):
                     self._sized(self._versions[digest], done)
-                case LoadJob():
-                    self._loaded(done.job, done)
-                case RemoveJob():
+                case MoveJob(digest):
+                    self._moved(self._versions[digest], done)
+                case LoadJob(digest):
+                    self._loaded(self._versions[digest], done)
+                case RemoveJob(digest):
                     # an image that could not be deleted costs disk only, and goes when the store is opened next
-                    pass
+                    self._removed(digest)
         self._forget_composed()
         self._drop_forgotten()
         return prepared
@@ -221,10 +194,9 @@ class Residency:
             sum(shared),
             self._loads,
             self._evictions,
-            self._hits,
             tuple(self._load_s),
         )
-        self._loads, self._evictions, self._hits, self._load_s = 0, 0, 0, []
+        self._loads, self._evictions, self._load_s = 0, 0, []
         return stats
 
     def close(self) -> None:
@@ -250,29 +222,31 @@ class Residency:
     def _bring(self, version: Version) -> None:
         if not version.nbytes:
             version.state = State.SIZING
-            self._loader.submit(SizeJob(version.digest, version.members, version.source))
+            self._loader.submit(SizeJob(version.digest, version.members))
             return
         if version.nbytes > self._arena.nbytes:
             wanted = f"a block of at most {self._arena.nbytes} bytes"
             raise AdapterTooLarge(f"device memory: expected {wanted}, got one of {version.nbytes}")
-        place = self._make_room(version.nbytes)
-        if place is None:
-            return
-        version.offset, moves = place
-        version.state = State.WRITING
-        buffer = self._arena.buffer
-        # whatever still reads the old bytes was launched before this
-        ready = torch.cuda.current_stream(buffer.device).record_event() if buffer.is_cuda else None
-        moved = tuple(moves)
-        self._loader.submit(
-            LoadJob(version.digest, version.offset, version.nbytes, moved, ready, version.members, version.source)
-        )
+        offset = self._make_room(version.nbytes)
+        if offset is not None:
+            version.offset, version.state = offset, State.WRITING
+            self._loader.submit(LoadJob(version.digest, offset, version.nbytes, self._ready(), version.members))
 
-    def _make_room(self, nbytes: int) -> tuple[int, list[Move]] | None:
-        """Where a block of this size can go now, and which moves make it free; None if it has to wait."""
+    def _make(self, version: Version, anew: bool) -> None:
+        """Have the image made that is not there, or is damaged."""
+        version.state = State.SIZING
+        self._loader.submit(MakeJob(version.digest, version.members, version.source, anew))
+
+    def _ready(self) -> "torch.cuda.Event | None":
+        """When whatever still reads the bytes that may be written from now on has done so."""
+        buffer = self._arena.buffer
+        return torch.cuda.current_stream(buffer.device).record_event() if buffer.is_cuda else None
+
+    def _make_room(self, nbytes: int) -> int | None:
+        """Where a block of this size can go once the moves given to the loader are made; None if it has to wait."""
         offset = self._arena.allocate(nbytes)
         if offset is not None:
-            return offset, []
+            return offset
         if nbytes >= self._no_room_bytes:
             return None
         idle = [version for version in self._idle.values() if self._may_leave(version)]
@@ -286,26 +260,32 @@ class Residency:
                     self._move(moves)
                     found = self._arena.allocate(nbytes)
                     assert found is not None, "the plan makes a hole"
-                    return found, moves
+                    return found
             self._evict(idle.pop(0))
-        return offset, []
+        return offset
 
     def _may_leave(self, version: Version) -> bool:
         return version.digest in self._idle and version.unclaimed <= self._polls
 
     def _move(self, moves: list[Move]) -> None:
         at = {v.offset: v for v in self._versions.values() if v.offset >= 0}
+        ready = self._ready()
         for move in moves:
+            version = at[move.source]
             self._arena.move(move)
-            self._hide(at[move.source])
-            at[move.source].offset, at[move.source].state = move.target, State.WRITING
+            self._hide(version)
+            version.offset, version.state = move.target, State.WRITING
+            self._loader.submit(MoveJob(version.digest, move, ready))
 
     def _evict(self, version: Version) -> None:
         """Give the block's room back; the version can be loaded again."""
-        self._arena.free(version.offset)
         self._hide(version)
-        version.offset, version.directory, version.state = -1, None, State.ABSENT
+        self._leave(version)
         self._evictions += 1
+
+    def _leave(self, version: Version) -> None:
+        self._arena.free(version.offset)
+        version.offset, version.directory, version.state = -1, None, State.ABSENT
 
     def _hide(self, version: Version) -> None:
         """Whatever was remembered of the block was about the place where it no longer is."""
@@ -324,21 +304,28 @@ class Residency:
         for digest in tuple(self._forgotten):
             version = self._versions[digest]
             if self._may_leave(version):
-                self._forgotten |= self._banks_only_of(version)
                 self._evict(version)
             if version.state is State.ABSENT:
-                self._forgotten.discard(digest)
-                del self._versions[digest]
-                self._composed.pop(digest, None)
-                self._banks.pop(digest, None)
                 self._loader.submit(RemoveJob(digest, version.members))
+                self._discard(version)
 
-    def _banks_only_of(self, version: Version) -> set[str]:
-        """The banks that no other resident refers to: whoever comes later makes them again."""
-        others = [v.directory for v in self._versions.values() if v is not version and v.directory is not None]
-        kept = {digest for head in others for digest in shared_digests(head)}
-        assert version.directory is not None
-        return {d for d in shared_digests(version.directory) if d not in kept and d in self._versions}
+    def _removed(self, digest: str) -> None:
+        """The image is gone; a version that was prepared before it went, and is not there, is nobody's either."""
+        version = self._versions.get(digest)
+        if version is not None and version.state is State.ABSENT:
+            self._discard(version)
+
+    def _discard(self, version: Version) -> None:
+        """Remember nothing of a version, nor of banks that no other one refers to: whoever comes makes them again."""
+        for known in (self._versions, self._composed, self._banks):
+            known.pop(version.digest, None)
+        self._forgotten.discard(version.digest)
+        kept = {bank for each in self._versions.values() for bank in each.banks}
+        for bank in version.banks:
+            if bank in self._versions and bank not in kept:
+                self._forgotten.add(bank)
+            elif bank not in kept:
+                self._loader.submit(RemoveJob(bank))
 
     def _forget_composed(self) -> None:
         """Forget the derived versions that were asked for least recently, down to what is worth keeping."""
@@ -355,33 +342,54 @@ class Residency:
             nbytes -= version.nbytes
 
     def _prepared(self, digest: str, done: Done) -> None:
-        if done.error is None:
+        if done.report is not None:
             version = self._versions.setdefault(digest, Version(digest))
-            version.error = None
+            version.error, version.banks = None, done.report.banks
             if version.state is State.ABSENT:
                 version.nbytes = done.nbytes
 
     def _sized(self, version: Version, done: Done) -> None:
-        version.state, version.nbytes = State.ABSENT, done.nbytes
-        self._note(version, done.error)
-
-    def _loaded(self, job: LoadJob, done: Done) -> None:
-        self._no_room_bytes = inf
-        at = {v.offset: v for v in self._versions.values() if v.offset >= 0} if job.moves else {}
-        for move in job.moves:
-            moved = at[move.target]
-            assert moved.directory is not None, "only blocks that were written move"
-            self._show(moved, moved.directory)
-        version = self._versions[job.digest]
-        self._note(version, done.error)
-        if done.directory is None:
-            self._arena.free(version.offset)
-            version.offset, version.nbytes, version.state = -1, 0, State.ABSENT
+        if done.unusable:
+            self._make(version, anew=False)
             return
+        version.state, version.nbytes = State.ABSENT, done.nbytes
+        version.made = version.made and done.error is None
+        if done.report is not None:
+            version.banks = done.report.banks
+        self._note(version, done)
+
+    def _moved(self, version: Version, done: Done) -> None:
+        self._no_room_bytes = inf
+        assert version.directory is not None, "only blocks that were written move"
+        if done.error is None:
+            self._show(version, version.directory)
+            return
+        # what lies there now is anything; its image is whole
+        self._leave(version)
+        self._evictions += 1
+
+    def _loaded(self, version: Version, done: Done) -> None:
+        self._no_room_bytes = inf
+        if done.directory is None:
+            self._leave(version)
+            version.nbytes = 0
+            if done.unusable and not version.made:
+                version.made = True
+                self._make(version, anew=True)
+                return
+            version.made = False
+            self._note(version, done)
+            return
+        self._note(version, done)
         self._show(version, done.directory)
+        version.made, version.banks = False, shared_digests(done.directory)
         version.unclaimed = self._claims_until = self._polls + CLAIM_POLLS
         self._loads += 1
         self._load_s.append(done.seconds)
 
-    def _note(self, version: Version, error: AdapterError | None) -> None:
+    def _note(self, version: Version, done: Done) -> None:
+        error = done.error
+        if done.unusable:
+            error = AdapterCorrupt("image: expected the bytes that were just written, got others")
         version.error, version.until = error, time.monotonic() + ERROR_S
+        version.blamed = done.job.source if isinstance(done.job, MakeJob) else version.source

@@ -107,7 +107,7 @@ def announce(config: ServerConfig, frontend: Frontend, addresses: Addresses) -> 
     info = frontend.relay.engine()
     for line in describe(config, info, frontend.relay.stats):
         say(line)
-    for line in warnings(config):
+    for line in (*warnings(config), *(f"note: {note}" for note in info.notes)):
         say(line)
     metrics = addresses.metrics or "off"
     say(f"weft ready grpc={addresses.grpc} metrics={metrics}")

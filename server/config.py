@@ -84,7 +84,7 @@ class ServerConfig:
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 POSITIVE = re.compile(r"_(bytes|tokens|requests|failures|s)_max$|^(page_tokens|new_tokens_default|uploads_max)$")
-# a weights file of this size still arrives in UPLOAD_CHUNKS_MAX chunks of 1 MiB
+# larger than any adapter of a backbone that one device holds
 ADAPTER_BYTES_MAX = 1 << 36
 
 

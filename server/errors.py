@@ -20,6 +20,7 @@ ServerError
 │   ├── Overloaded          the queue is full
 │   ├── UploadsBusy         as many uploads as may run are running
 │   ├── EngineRestarting    the engine process died or is starting
+│   ├── EngineMemory        a step over this request alone found no memory
 │   └── Draining            this server is about to stop
 └── EngineBug               the engine failed in a way that it should not   INTERNAL
 
@@ -121,6 +122,10 @@ class EngineRestarting(Unavailable):
     """The engine process died or is starting."""
 
 
+class EngineMemory(Unavailable):
+    """A step over this request alone found no memory; others may leave some."""
+
+
 class Draining(Unavailable):
     """This server is about to stop."""
 
@@ -159,6 +164,7 @@ TABLE: Mapping[type[Exception], Row] = {
     Overloaded: Row(StatusCode.UNAVAILABLE, "OVERLOADED", retry_after_s=1.0),
     UploadsBusy: Row(StatusCode.UNAVAILABLE, "UPLOADS_BUSY", retry_after_s=5.0),
     EngineRestarting: Row(StatusCode.UNAVAILABLE, "ENGINE_RESTARTING", retry_after_s=2.0),
+    EngineMemory: Row(StatusCode.UNAVAILABLE, "ENGINE_MEMORY", retry_after_s=2.0),
     Draining: Row(StatusCode.UNAVAILABLE, "DRAINING", retry_after_s=1.0),
     EngineBug: BUG,
     store.AdapterInvalid: Row(StatusCode.INVALID_ARGUMENT, "ADAPTER_INVALID"),

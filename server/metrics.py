@@ -128,6 +128,7 @@ class Metrics:
         for kind in MEMORY_KINDS:
             for tier in MEMORY_TIERS:
                 self._memory.labels(kind, tier)
+        self._misses = self._counter("working_set_misses", "Adapters of a step without room in the working set.")
         self._engine_up = self._gauge("engine_up", "1 while the engine process serves.")
         text = "Times the engine process was started again because it ended, did not start, or was silent."
         self._engine_restarts = self._counter("engine_restarts", text, ["cause"])
@@ -279,9 +280,11 @@ class Metrics:
     def step(self, stats: StepStats) -> None:
         """The engine made a step."""
         self._last_step.set_to_current_time()
-        self._step.observe(stats.step_s)
-        self._rows.observe(stats.rows)
-        self._distinct.observe(stats.distinct_adapters)
+        if stats.rows:
+            # the others only tell how things stand
+            self._step.observe(stats.step_s)
+            self._rows.observe(stats.rows)
+            self._distinct.observe(stats.distinct_adapters)
         self._most_rows = max(self._most_rows, stats.rows)
         self._most_distinct = max(self._most_distinct, stats.distinct_adapters)
         self._rows_max.set(self._most_rows)
@@ -298,6 +301,7 @@ class Metrics:
         )  # fmt: skip
         for kind, value in zip(MEMORY_KINDS, values, strict=True):
             self._memory.labels(kind, MEMORY_TIERS[0]).set(value)
+        self._misses.inc(stats.working_set_misses)
         self._loads.inc(stats.adapter_loads)
         self._evictions.inc(stats.adapter_evictions)
         self._hits.inc(stats.adapter_hits)

@@ -31,7 +31,7 @@ from weft.adapters_store.sites import CatalogueInfo
 from weft.adapters_store.upload import Upload
 from weft.server.config import ConfigError
 from weft.server.engine.messages import Digest, EngineInfo
-from weft.server.errors import DigestMismatch, EngineRestarting, UploadInvalid
+from weft.server.errors import DigestMismatch, EngineRestarting, ServerError, UploadInvalid
 from weft.server.metrics import Metrics, StoreUsage
 from weft.server.relay import Relay
 from weft.server.threads import Threads
@@ -283,7 +283,7 @@ class Registrar:
             except (AdapterInvalid, AdapterTooLarge) as error:
                 self._refused[entry.digest] = error.message
                 logger.warning("%s does not fit this backbone: %s", name, error)
-            except AdapterError as error:
+            except (AdapterError, ServerError) as error:
                 logger.warning("%s could not be compiled for this backbone: %s", name, error)
 
     async def _review_one(self, entry: Entry, info: EngineInfo) -> None:

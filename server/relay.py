@@ -76,6 +76,8 @@ def raised(failure: Failure, message: str, field: str = "") -> Exception:
             return store.StoreFull(message, field)
         case Failure.STORE_IO_ERROR:
             return store.StoreIOError(message, field)
+        case Failure.OUT_OF_MEMORY:
+            return errors.EngineMemory(message, field=field)
         case Failure.BUG:
             return errors.EngineBug(message, field=field)
 

@@ -56,7 +56,10 @@ class RestartPolicy:
 
 
 class EngineProcess:
-    """One life of the engine: a process, its pipe and the two threads that serve it."""
+    """One life of the engine: a process, its pipe and the two threads that serve it.
+
+    Raises EngineFailed where the machine has no room for them.
+    """
 
     def __init__(self, target: str, config: EngineConfig, listener: Listener) -> None:
         self._loop = asyncio.get_running_loop()
@@ -71,12 +74,21 @@ class EngineProcess:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe(duplex=True)
         self._process = spawn.Process(target=enter, args=(target, theirs, config), name="weft-engine", daemon=True)
-        # from the loop's own thread: the engine asks to die with the thread that started it
-        self._process.start()
-        theirs.close()
         self._threads = [Thread(target=each, name=each.__name__, daemon=True) for each in (self._read, self._write)]
-        for thread in self._threads:
-            thread.start()
+        try:
+            # from the loop's own thread: the engine asks to die with the thread that started it
+            self._process.start()
+            for thread in self._threads:
+                thread.start()
+        except (OSError, RuntimeError) as error:
+            if self._process.pid is not None:
+                self._process.kill()
+                self._process.join()
+                self._process.close()
+            self._connection.close()
+            raise EngineFailed(f"expected room for another process and its threads, got none: {error}") from error
+        finally:
+            theirs.close()
 
     @property
     def pid(self) -> int | None:
@@ -194,6 +206,8 @@ class Supervisor:
             await self._end(engine)
             raise
         self._tasks = [asyncio.create_task(each) for each in (self._keep(engine), self._watch())]
+        for task in self._tasks:
+            task.add_done_callback(self._no_longer_looks_after)
 
     async def stop(self) -> None:
         """End the engine and stop looking after it."""
@@ -223,18 +237,36 @@ class Supervisor:
             logger.error("the engine ended with exit code %s (%d in a row)", exitcode, failures)
             self._listener.engine_lost()
             await self._end(engine)
-            if failures >= self._policy.failures_max:
+            started, failures = await self._respawn(failures, engine.cause)
+            if started is None:
                 self.gave_up.set_result(f"the engine ended {failures} times in a row, last exit code {exitcode}")
                 return
-            await asyncio.sleep(min(self._policy.backoff_s * 2 ** (failures - 1), self._policy.backoff_s_max))
-            self._listener.engine_restarting(engine.cause)
-            engine = self._spawn()
+            engine = started
             try:
                 await asyncio.shield(engine.ready)
             except EngineFailed as error:
                 logger.error("the engine cannot start: %s", error)
                 await engine.stop(self._policy.stop_s_max)
             began_s = time.monotonic()
+
+    async def _respawn(self, failures: int, cause: RestartCause) -> tuple[EngineProcess | None, int]:
+        """Another process, or None after too many failures, and how many there were by then."""
+        while failures < self._policy.failures_max:
+            await asyncio.sleep(min(self._policy.backoff_s * 2 ** (failures - 1), self._policy.backoff_s_max))
+            self._listener.engine_restarting(cause)
+            try:
+                return self._spawn(), failures
+            except EngineFailed as error:
+                failures, cause = failures + 1, "start"
+                logger.error("the engine cannot start: %s (%d in a row)", error, failures)
+        return None, failures
+
+    def _no_longer_looks_after(self, task: asyncio.Task[None]) -> None:
+        """A defect here must not leave a server that waits for an engine for ever."""
+        if task.cancelled() or task.exception() is None or self.gave_up.done():
+            return
+        logger.error("nobody looks after the engine any more", exc_info=task.exception())
+        self.gave_up.set_result("nobody looks after the engine any more: a defect of the server, see its log")
 
     async def _watch(self) -> None:
         """Kill an engine that owes somebody an answer and says nothing."""

@@ -17,6 +17,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from weft.server.config import ConfigError
 from weft.server.errors import InvalidRequest
 
 logger = logging.getLogger(__name__)
@@ -52,11 +53,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer | None":
-        """Read ``tokenizer.json``, and the chat template where there is one; None when there is no tokenizer."""
+        """Read ``tokenizer.json``, and the chat template where there is one; None when there is no tokenizer.
+
+        Raises ConfigError naming the file that cannot be read.
+        """
         path = folder / "tokenizer.json"
         if not path.is_file():
             return None
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001  the library has no narrower type
+            raise ConfigError(
+                f"{path} must be a tokenizer that this version of tokenizers reads, got: {error}"
+            ) from None
         return cls(backend, ChatTemplate.load(folder))
 
     def characters_max(self, tokens: int) -> int:
@@ -99,7 +108,7 @@ class ChatTemplate:
         settings: dict[str, object] = {}
         path = folder / "tokenizer_config.json"
         if path.is_file():
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = _read_settings(path)
         source = _source(folder, settings)
         if source is None:
             return None
@@ -131,10 +140,27 @@ class GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+def _read_settings(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} must be JSON, got: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} must be a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} must be text in UTF-8, got: {error}") from None
+
+
 def _source(folder: Path, settings: dict[str, object]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return _read_text(path)
     source = settings.get("chat_template")
     if isinstance(source, list):
         # several templates by name; the others are for tools and retrieval

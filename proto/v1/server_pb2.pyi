@@ -72,7 +72,7 @@ class Limits(_message.Message):
     def __init__(self, upload_bytes_max: _Optional[int] = ..., uploads_max: _Optional[int] = ..., queue_requests_max: _Optional[int] = ..., queue_tokens_max: _Optional[int] = ..., batch_tokens_max: _Optional[int] = ..., request_duration_ms_max: _Optional[int] = ..., adapter_memory_bytes_max: _Optional[int] = ..., kv_bytes_max: _Optional[int] = ...) -> None: ...
 
 class Runtime(_message.Message):
-    __slots__ = ("device", "kernels", "versions")
+    __slots__ = ("device", "kernels", "versions", "notes")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -83,10 +83,12 @@ class Runtime(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     KERNELS_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     device: str
     kernels: str
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, device: _Optional[str] = ..., kernels: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, device: _Optional[str] = ..., kernels: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Memory(_message.Message):
     __slots__ = ("backbone_bytes", "adapters_bytes", "adapters_resident", "kv_bytes", "working_set_bytes", "composed_bytes", "shared_bytes")

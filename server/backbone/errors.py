@@ -2,7 +2,9 @@
 
 BackboneError
 ├── UnsupportedBackbone     its family computes something that paged batches cannot reproduce, or hides its attention
-└── BackboneNotFound        no such folder or name, or no safetensors in it
+├── BackboneNotFound        no such folder or name, or no safetensors in it
+├── BackboneDamaged         its files cannot be read, or are not those of the model that its config describes
+└── BackboneTooLarge        the device has no room for its parameters
 """
 
 
@@ -16,3 +18,11 @@ class UnsupportedBackbone(BackboneError):
 
 class BackboneNotFound(BackboneError):
     """There is no such model here."""
+
+
+class BackboneDamaged(BackboneError):
+    """Its files cannot be read, or are not those of the model that its config describes."""
+
+
+class BackboneTooLarge(BackboneError):
+    """The device has no room for its parameters."""

@@ -1,5 +1,6 @@
 """The frozen backbone: one transformers model in device memory, driven over flattened, paged, mixed batches."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from weft.server.backbone.recording import record
 from weft.server.backbone.selftest import Census, census, difference, paged_logits
 from weft.server.backbone.step import PagedKV, Step, running
 
+logger = logging.getLogger(__name__)
+
 # longer than what ``places`` records
 PROBE_TOKENS = 7
 
@@ -26,7 +29,8 @@ class Backbone:
     kv_shapes:        per layer (kv heads, key size, value size)
     places:           what adapters can change beyond linears
     parameter_bytes:  M, bytes of all parameters, tied ones counted once
-    linears:          what multiplies: ``torch``, or ``onednn`` over packed weights
+    linears:          what multiplies: ``torch``, or ``onednn`` over packed weights, and over how many
+    notes:            what is slower than it could be, and why
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -50,6 +54,7 @@ class Backbone:
         attention.register()
         model.set_attn_implementation(attention.NAME)
         beside = side.Networks(model, self.places, self.kv_shapes)
+        self.notes: tuple[str, ...] = ()
         self._hooks = Hooks(model, self.places, beside)
         self.groups = self._adapt(found, probe, reference)
         self.info: CatalogueInfo = sites.catalogue(model, self.groups, found.head, identity, self.places, beside.infos)
@@ -66,6 +71,8 @@ class Backbone:
             problem = difference(reference, logits, self.dtype)
             if problem is None:
                 return groups
+            if fuse:
+                self._note(f"linears that share an input run one by one: joined, {problem}")
         family = self.model.config.model_type
         raise UnsupportedBackbone(f"{family} computes something else in a paged batch: {problem}")
 
@@ -127,8 +134,14 @@ class Backbone:
         """Pack the weights of all groups but a head that shares its own with the embeddings."""
         shared = self.model.get_input_embeddings().weight
         own = [group for group in self.groups if group.members[0].weight is not shared]
-        packed = [group.pack() for group in own]
-        return "onednn" if any(packed) else "torch"
+        packed = sum(group.pack() for group in own)
+        if self.device.type == "cpu" and packed < len(own):
+            self._note(f"oneDNN multiplies {packed} of {len(own)} groups of linears, torch the others")
+        return f"onednn ({packed} of {len(self.groups)} groups)" if packed else "torch"
+
+    def _note(self, line: str) -> None:
+        logger.warning("%s", line)
+        self.notes += (line,)
 
     def _probe(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)

@@ -113,7 +113,7 @@ def server_info(message: server_pb2.GetServerInfoResponse) -> ServerInfo:
         version=message.version,
         backbone=Backbone(**_fields(message.backbone)),
         limits=Limits(**_fields(message.limits)),
-        runtime=Runtime(runtime.device, runtime.kernels, dict(runtime.versions)),
+        runtime=Runtime(runtime.device, runtime.kernels, dict(runtime.versions), tuple(runtime.notes)),
         memory=Memory(**_fields(message.memory)),
         methods=tuple(message.methods),
     )

@@ -152,11 +152,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What computes; ``versions`` names Python, torch, transformers and triton."""
+    """What computes; ``versions`` names Python, torch, transformers and triton.
+
+    notes:  lines for the operator on what is slower than it could be, and on settings of the backbone not served
+    """
 
     device: str
     kernels: str
     versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ REASONS: dict[str, str] = {
     "UPLOAD_STALLED": "try again; on a slow line raise the server's --upload-idle-s-max",
     "UPLOAD_TOO_LARGE": "start the server with a larger --adapter-bytes-max",
 }
-RETRY = frozenset({"DRAINING", "ENGINE_RESTARTING", "OVERLOADED", "UPLOADS_BUSY"})
+RETRY = frozenset({"DRAINING", "ENGINE_MEMORY", "ENGINE_RESTARTING", "OVERLOADED", "UPLOADS_BUSY"})
 CODES: dict[str, str] = {
     "UNAVAILABLE": "is a weft server at {address}? `weft serve --model MODEL` starts one, --server names another one, "
     "and a server with TLS wants --tls or --tls-root-file",

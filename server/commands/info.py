@@ -45,6 +45,7 @@ def _rows(found: ServerInfo) -> dict[str, str]:
         "queue": f"at most {limits.queue_requests_max:,} requests and {limits.queue_tokens_max:,} tokens wait",
         "step": f"at most {limits.batch_tokens_max:,} tokens",
         "request": f"at most {limits.request_duration_ms_max / 1000:g} s",
+        **({"notes": "; ".join(runtime.notes)} if runtime.notes else {}),
         "uploads": f"at most {limits.uploads_max} at once, {size(limits.upload_bytes_max)} each",
     }
 

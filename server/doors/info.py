@@ -32,7 +32,7 @@ class ServerService:
             version=VERSION,
             backbone=self._backbone(info),
             limits=self._limits(info),
-            runtime=Runtime(device=info.device, kernels=info.kernels, versions=info.versions),
+            runtime=Runtime(device=info.device, kernels=info.kernels, versions=info.versions, notes=info.notes),
             memory=self._memory(),
             methods=sorted(PARSERS),
         )

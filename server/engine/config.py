@@ -18,3 +18,4 @@ class EngineConfig:
     batch_tokens_max: int = 2048
     batch_requests_max: int = 256
     page_tokens: int = 16
+    log_level: str = "info"

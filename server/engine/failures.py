@@ -1,4 +1,6 @@
-"""Which message-level failure stands for which error of the store."""
+"""Which message-level failure stands for which error of the store, and which error means that memory ran out."""
+
+import torch
 
 from weft.adapters_store.errors import (
     AdapterCorrupt,
@@ -24,3 +26,9 @@ _FAILURES: dict[type[AdapterError], Failure] = {
 def failure_of(error: AdapterError) -> Failure:
     """The failure that the front translates to a status; errors the engine cannot meet by input are bugs."""
     return _FAILURES.get(type(error), Failure.BUG)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the device or on the host."""
+    # torch has no type of its own for the host
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)

@@ -36,6 +36,7 @@ class Failure(Enum):
     STORE_IO_ERROR = "store_io_error"
     REQUEST_TOO_LARGE = "request_too_large"
     NON_FINITE_LOGITS = "non_finite_logits"
+    OUT_OF_MEMORY = "out_of_memory"
     BUG = "bug"
 
 
@@ -148,7 +149,10 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the engine is, sent once when it is ready."""
+    """What the engine is, sent once when it is ready.
+
+    notes:  lines for the operator on what is slower than it could be, and on settings of the backbone not served
+    """
 
     family: str
     parameters: int
@@ -163,6 +167,7 @@ class EngineInfo:
     catalogue: CatalogueInfo
     kv_bytes_max: int
     adapter_bytes_max: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +190,7 @@ class StepStats:
 
     step_s: float
     rows: int
-    prefill_tokens: int
     distinct_adapters: int
-    requests_running: int
-    requests_waiting: int
-    tokens_waiting: int
     kv_bytes: int
     backbone_bytes: int
     adapters_bytes: int
@@ -197,6 +198,7 @@ class StepStats:
     working_set_bytes: int
     composed_bytes: int = 0  # blocks of derived versions, which are not in adapters_bytes
     shared_bytes: int = 0  # blocks that several adapters refer to, neither
+    working_set_misses: int = 0  # since the last step
     adapter_loads: int = 0  # since the last step
     adapter_evictions: int = 0  # since the last step
     adapter_hits: int = 0  # since the last step

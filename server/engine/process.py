@@ -7,9 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 from weft.server.engine.config import EngineConfig
 from weft.server.engine.messages import Command, Ready, Shutdown, StartFailed
+
+if TYPE_CHECKING:
+    from weft.server.engine.engine import Engine
 
 # waiting for adapter files there is nothing to compute: look for them this often
 LOAD_POLL_S = 0.002
@@ -22,7 +26,7 @@ def main(connection: "Connection[object, Command]", config: EngineConfig) -> Non
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _die_with_parent()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
     front = Front(connection)
     try:
         _serve(front, config)
@@ -63,14 +67,9 @@ def _gone_when_closed() -> Iterator[None]:
 
 
 def _serve(front: Front, config: EngineConfig) -> None:
-    from weft.kernels.dispatch import KernelsUnavailable
-    from weft.server.backbone.errors import BackboneError
-    from weft.server.engine.engine import Engine
-
-    try:
-        engine = Engine.load(config)
-    except (BackboneError, KernelsUnavailable, ValueError) as error:
-        front.send(StartFailed(str(error)))
+    engine = _start(config)
+    if isinstance(engine, StartFailed):
+        front.send(engine)
         return
     front.send(Ready(engine.info()))
     front.send([engine.stats()])
@@ -83,6 +82,27 @@ def _serve(front: Front, config: EngineConfig) -> None:
             engine.handle(command)
         if events := engine.step():
             front.send(events)
+
+
+def _start(config: EngineConfig) -> "Engine | StartFailed":
+    """The engine, or why the operator's choices do not make one."""
+    from weft.adapters_store.errors import AdapterError
+    from weft.kernels.dispatch import KernelsUnavailable
+    from weft.server.backbone.errors import BackboneError
+    from weft.server.engine.engine import Engine
+    from weft.server.engine.failures import out_of_memory
+
+    try:
+        return Engine.load(config)
+    except (BackboneError, KernelsUnavailable, ValueError) as error:
+        return StartFailed(str(error))
+    except AdapterError as error:
+        return StartFailed(f"store {config.store}: {error}")
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        options = "adapter_memory_bytes_max, working_set_bytes_max and kv_bytes_max"
+        return StartFailed(f"expected memory for the backbone beside {options}, got too little: lower one of them")
 
 
 def _die_with_parent() -> None:

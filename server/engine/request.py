@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from weft.adapters_store.leases import Lease
 from weft.adapters_store.report import Traits
-from weft.adapters_store.residency import Lease
 from weft.server.engine.messages import Submit
 
 NO_TRAITS = Traits()
@@ -28,6 +28,7 @@ class Request:
     computed: int = 0
     lease: Lease | None = None
     missed_s: float | None = None  # when it could first have run, had its adapter been there
+    cramped_s: float | None = None  # when its adapter first found no room
     pages: tuple[int, ...] = ()
     slots: Tensor | None = None
     traits: Traits = NO_TRAITS

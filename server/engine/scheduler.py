@@ -12,7 +12,7 @@ import torch
 
 from weft.adapters_store.composition import Members
 from weft.adapters_store.errors import AdapterError
-from weft.adapters_store.residency import Lease
+from weft.adapters_store.leases import Lease
 from weft.adapters_store.traits import traits_of
 from weft.kernels.batch import Block
 from weft.server.engine.failures import failure_of
@@ -20,7 +20,7 @@ from weft.server.engine.messages import Event, Failed, Failure, FinishReason, Re
 from weft.server.engine.pages import PagePool
 from weft.server.engine.request import NO_TRAITS, Request, acts_from
 
-# loading takes milliseconds; an adapter that is not there after this waits for room that others keep taking
+# an adapter that has waited this long for room waits for room that others keep taking
 ADAPTER_PATIENCE_S = 2.0
 
 
@@ -53,11 +53,6 @@ class Batch:
         return sum(item.count for item in self.items)
 
     @property
-    def prefill_tokens(self) -> int:
-        """Rows that are of prompts."""
-        return sum(item.count for item in self.items if item.prefill)
-
-    @property
     def distinct_adapters(self) -> int:
         """Adapters that its rows carry, the bare backbone not counted."""
         return len({item.block.key for item in self.items if item.block is not None})
@@ -67,6 +62,7 @@ class AdapterSource(Protocol):
     """Where adapters come from: ``Residency``, as far as the scheduler needs it."""
 
     def acquire(self, digest: str, members: Members = ()) -> Lease | None: ...
+    def lacks_room(self, digest: str) -> bool: ...
     def release(self, lease: Lease) -> None: ...
 
 
@@ -93,6 +89,7 @@ class Scheduler:
         self._waiting: dict[RequestId, Request] = {}
         self._running: dict[RequestId, Request] = {}
         self._events: list[Event] = []
+        self._hits = 0
 
     @property
     def waiting(self) -> Sequence[Request]:
@@ -157,6 +154,11 @@ class Scheduler:
         events, self._events = self._events, []
         return events
 
+    def drain_hits(self) -> int:
+        """Requests admitted since the last call that found their adapter loaded."""
+        hits, self._hits = self._hits, 0
+        return hits
+
     def _take(self, request: Request, token: int | None) -> None:
         id = request.submit.id
         if token is None:
@@ -189,9 +191,10 @@ class Scheduler:
             request.lease = None
 
     def _admit(self) -> None:
-        """Oldest first. A request that lacks pages is not overtaken; one that lacks its adapter is, for a while.
+        """Oldest first. A request that lacks pages is not overtaken; one that lacks its adapter is.
 
-        Then nobody behind it is admitted, so that leases end and a large adapter finds room among small ones.
+        Where the adapter lacks room that is for a while: then nobody behind it is admitted, so that leases end and a
+        large adapter finds room among small ones. Who waits for the loader keeps nobody waiting.
         """
         now = self._clock()
         for request in tuple(self._waiting.values()):
@@ -200,7 +203,7 @@ class Scheduler:
                 return
             # the lease comes last: one held in the queue would keep room from whoever is ahead
             if not self._hold_adapter(request, now):
-                if request.missed_s is not None and now - request.missed_s > ADAPTER_PATIENCE_S:
+                if self._has_lost_patience(request, now):
                     return
                 continue
             if not self._fits_with_adapter(request):
@@ -211,6 +214,7 @@ class Scheduler:
             request.slots = self._slots(request.pages)
             del self._waiting[request.submit.id]
             self._running[request.submit.id] = request
+            self._hits += request.lease is not None and request.missed_s is None
             wait_s = 0.0 if request.missed_s is None else now - request.missed_s
             self._events.append(Scheduled(request.submit.id, now - request.submitted_s, wait_s))
 
@@ -250,12 +254,20 @@ class Scheduler:
         try:
             request.lease = self._adapters.acquire(digest, request.submit.members)
         except AdapterError as error:
-            request.missed_s = None
             self._retire(request, Failed(request.submit.id, failure_of(error), str(error)))
             return False
         if request.lease is None and request.missed_s is None:
             request.missed_s = now
         return request.lease is not None
+
+    def _has_lost_patience(self, request: Request, now: float) -> bool:
+        """Whether a request that could not have its adapter just now has waited long enough for the room."""
+        adapter = request.submit.adapter
+        if adapter is None or request.submit.id not in self._waiting or not self._adapters.lacks_room(adapter):
+            return False
+        if request.cramped_s is None:
+            request.cramped_s = now
+        return now - request.cramped_s > ADAPTER_PATIENCE_S
 
     def _slots(self, pages: tuple[int, ...]) -> torch.Tensor:
         size = self._pages.page_tokens

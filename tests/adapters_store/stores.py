@@ -15,7 +15,8 @@ from weft.adapters_store.arena import Arena
 from weft.adapters_store.catalog import Catalog
 from weft.adapters_store.composition import Members
 from weft.adapters_store.entry import Entry
-from weft.adapters_store.residency import Lease, PrepareResult, Residency
+from weft.adapters_store.leases import Lease, PrepareResult
+from weft.adapters_store.residency import Residency
 
 ARENA_BYTES = 1 << 20
 WAIT_S = 20.0
@@ -121,4 +122,4 @@ def add(store: Store, *seeds: int, rank: int = 4) -> list[str]:
 
 def bytes_of(store: Store, lease: Lease) -> bytes:
     """What the arena holds of an adapter."""
-    return store.arena.view(lease.block.offset, lease.block.nbytes).cpu().numpy().tobytes()
+    return store.arena.buffer[lease.block.offset :][: lease.block.nbytes].cpu().numpy().tobytes()

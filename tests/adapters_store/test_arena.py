@@ -23,7 +23,7 @@ class Books(RuleBasedStateMachine):
         self.next = 1
 
     def fill(self, offset: int, nbytes: int) -> None:
-        self.arena.view(offset, nbytes).fill_(self.next)
+        self.arena.buffer[offset : offset + nbytes].fill_(self.next)
         self.held[offset] = (nbytes, self.next)
         self.next = self.next % 250 + 1
 
@@ -69,7 +69,7 @@ class Books(RuleBasedStateMachine):
             nbytes, value = self.held[offset]
             assert offset >= at
             at = offset + nbytes
-            assert bool((self.arena.view(offset, nbytes) == value).all())
+            assert bool((self.arena.buffer[offset : offset + nbytes] == value).all())
         assert at <= self.arena.nbytes
         assert self.arena.used_bytes + self.arena.free_bytes == self.arena.nbytes
 

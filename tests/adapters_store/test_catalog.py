@@ -21,7 +21,7 @@ from weft.adapters_store.errors import (
     StoreFull,
     StoreIOError,
 )
-from weft.adapters_store.files import CONFIG, WEIGHTS
+from weft.adapters_store.files import CONFIG, WEIGHTS, AdapterFiles
 from weft.adapters_store.report import AdapterReport, SiteSummary
 
 BACKBONE = "b" * 64
@@ -293,6 +293,22 @@ def test_entries_of_another_backbone_are_judged_again(root):
         catalog.judge(sites("llama").info)
         assert catalog.get("llama_only").state == "active"
         assert catalog.get("llama_only").reason == ""
+
+
+def test_a_version_that_cannot_be_read_keeps_no_other_from_being_judged(root, monkeypatch):
+    right = AdapterFiles.read
+
+    def read(folder: Path, data: bool = True) -> AdapterFiles:
+        if folder.name == broken.digest:
+            raise StoreIOError("reading a version: expected bytes, got an input/output error")
+        return right(folder, data)
+
+    with Catalog.open(root) as catalog:
+        broken, _ = add(catalog, "a", lora(seed=1))
+        add(catalog, "b", lora())
+        monkeypatch.setattr(AdapterFiles, "read", read)
+        catalog.judge(replace(sites("gpt2").info, digest="c" * 64))
+        assert (catalog.get("a").state, catalog.get("b").state) == ("active", "incompatible")
 
 
 def test_readers_and_writers_do_not_disturb_each_other(root):

@@ -10,7 +10,8 @@ from tests.adapters_store.stores import Store, add, bytes_of
 from weft.adapters_store import loader, residency
 from weft.adapters_store.composition import Members, derive, label_of
 from weft.adapters_store.errors import AdapterCorrupt, AdapterInvalid, AdapterTooLarge
-from weft.adapters_store.residency import CLAIM_POLLS, Lease
+from weft.adapters_store.leases import Lease
+from weft.adapters_store.residency import CLAIM_POLLS
 
 
 def composed(*members: tuple[str, float]) -> tuple[str, Members]:

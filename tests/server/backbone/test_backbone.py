@@ -19,8 +19,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tests.support.backbones import COMMON, FAMILIES, VOCABULARY, build
-from weft.server.backbone import sites
+from weft.server.backbone import model, sites
 from weft.server.backbone.errors import BackboneNotFound, UnsupportedBackbone
+from weft.server.backbone.linears import LinearGroup
 from weft.server.backbone.load import choose_dtype, load_model
 from weft.server.backbone.model import Backbone
 from weft.server.backbone.packed import pack
@@ -181,3 +182,32 @@ def test_a_terminal_sees_how_far_loading_is_and_a_log_does_not(terminal, tmp_pat
     with pytest.raises(BackboneNotFound):
         load_model(str(tmp_path / "none"), torch.float32, torch.device("cpu"))
     assert transformers_logging.is_progress_bar_enabled() is terminal
+
+
+def test_linears_that_cannot_be_joined_are_noted(monkeypatch, caplog):
+    answers = iter(["logits differ", None])
+    monkeypatch.setattr(model, "difference", lambda *_: next(answers))
+    backbone = Backbone(build("llama"))
+    assert set(backbone.info.groups) == {1}
+    assert "run one by one: joined, logits differ" in backbone.notes[0]
+    assert backbone.notes[0] in caplog.text
+
+
+def test_linears_that_are_not_packed_are_counted_and_noted(monkeypatch, caplog):
+    right, calls = LinearGroup.pack, []
+
+    def every_other(group):
+        calls.append(group)
+        return len(calls) % 2 == 0 and right(group)
+
+    whole = Backbone(build("llama"))
+    assert whole.notes == ()
+    count = len(whole.groups)
+    assert whole.linears == f"onednn ({count} of {count} groups)"
+    monkeypatch.setattr(LinearGroup, "pack", every_other)
+    half = Backbone(build("llama"))
+    assert half.linears == f"onednn ({count // 2} of {count} groups)"
+    assert half.notes == (f"oneDNN multiplies {count // 2} of {count} groups of linears, torch the others",)
+    assert half.notes[0] in caplog.text
+    monkeypatch.setattr(LinearGroup, "pack", lambda group: False)
+    assert Backbone(build("llama")).linears == "torch"

@@ -106,6 +106,7 @@ def info(config: EngineConfig) -> EngineInfo:
         default_sampling=Sampling(temperature=0.5, top_k=7, top_p=0.75),
         device="cpu",
         kernels="torch",
+        notes=("top_k=7 is odd",),
         versions={"python": "3"},
         catalogue=catalogue,
         kv_bytes_max=config.kv_bytes_max,
@@ -125,7 +126,7 @@ class FakeEngine:
         self.requests: dict[RequestId, Request] = {}
         self.log = (Path(config.model) / "commands").open("a", buffering=1)
         self.objects = Path(config.store) / "objects"
-        # a file with a digest that is refused
+        # a file with a digest that is refused, and for which failure
         self.refuses = Path(config.model) / REFUSES
 
     def handle(self, command: Command) -> list[Event]:
@@ -145,8 +146,9 @@ class FakeEngine:
 
     def prepare(self, digest: Digest) -> list[Event]:
         """Judge an adapter by its alpha."""
-        if self.refuses.exists() and self.refuses.read_text() == digest:
-            return [Refused(digest, Failure.ADAPTER_INVALID, "not any more")]
+        refused, _, failure = self.refuses.read_text().partition(" ") if self.refuses.exists() else ("", "", "")
+        if refused == digest:
+            return [Refused(digest, Failure(failure or "adapter_invalid"), "not any more")]
         config = json.loads((self.objects / digest / "adapter_config.json").read_text())
         match config["lora_alpha"]:
             case 666:
@@ -164,6 +166,7 @@ class FakeEngine:
     def step(self) -> list[Event]:
         """One more token for everybody."""
         events: list[Event] = []
+        rows = len(self.requests)
         for request in list(self.requests.values()):
             first = request.submit.prompt[0]
             if first == WAIT:
@@ -174,7 +177,7 @@ class FakeEngine:
             if first != HANG and not request.stuck:
                 events.append(self.advance(request, first))
         if events:
-            events.append(self.stats())
+            events.append(self.stats(rows))
         return events
 
     def advance(self, request: Request, first: int) -> Event:
@@ -197,16 +200,12 @@ class FakeEngine:
             del self.requests[submit.id]
         return Tokens(submit.id, tokens, finish)
 
-    def stats(self) -> StepStats:
+    def stats(self, rows: int = 0) -> StepStats:
         """Made-up figures that tests recognise."""
         return StepStats(
             step_s=0.001,
-            rows=len(self.requests),
-            prefill_tokens=0,
+            rows=rows,
             distinct_adapters=1,
-            requests_running=len(self.requests),
-            requests_waiting=0,
-            tokens_waiting=0,
             kv_bytes=1 << 20,
             backbone_bytes=5000,
             adapters_bytes=512,

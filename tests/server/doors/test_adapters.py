@@ -153,6 +153,18 @@ def test_under_another_backbone_adapters_that_fit_are_compiled_again(tmp_path):
         assert server.register("refused", refusing).state == ACTIVE
 
 
+def test_an_adapter_that_breaks_the_engine_keeps_no_other_from_being_compiled_again(tmp_path):
+    with running(tmp_path) as server:
+        broken = server.register("a-broken", adapter_files(1))
+        server.register("fits", adapter_files(2))
+    (tmp_path / "backbone" / fake_engine.BACKBONE_DIGEST).write_text("bb" + "d" * 62)
+    (tmp_path / "backbone" / fake_engine.REFUSES).write_text(f"{broken.digest} bug")
+    with running(tmp_path) as server:
+        until(lambda: server.frontend._catalog.get("fits").backbone_digest.startswith("bbd"))
+        assert server.get("a-broken").state == ACTIVE
+        assert server.frontend._catalog.get("a-broken").backbone_digest.startswith("bbb")
+
+
 def write_adapter(folder: Path, seed: int) -> Path:
     folder.mkdir()
     config, weights = adapter_files(seed)
@@ -196,5 +208,6 @@ def test_server_info_says_what_this_is(server):
     assert (info.limits.uploads_max, info.limits.queue_requests_max, info.limits.queue_tokens_max) == (4, 4, 600)
     assert (info.limits.upload_bytes_max, info.limits.request_duration_ms_max) == (2 << 30, 600_000)
     assert (info.runtime.device, info.runtime.kernels, info.runtime.versions["python"]) == ("cpu", "torch", "3")
+    assert list(info.runtime.notes) == ["top_k=7 is odd"]
     assert info.memory.backbone_bytes == 5000
     assert {"LORA", "LOKR", "IA3"} <= set(info.methods)

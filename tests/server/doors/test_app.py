@@ -114,7 +114,8 @@ def turned_away(channel) -> bool:
 def test_it_says_what_serves_and_where_and_ends_with_zero(tmp_path):
     with serving(tmp_path) as server:
         server.ready()
-        for word in ("loading ", "fake", "123 parameters", "float32", "kernels torch on cpu", "MiB"):
+        words = ("loading ", "fake", "123 parameters", "float32", "kernels torch on cpu", "MiB", "note: top_k=7 is odd")
+        for word in words:
             assert word in server.output
         assert "warning" not in server.output
         assert server.stop(signal.SIGTERM) == 0

@@ -141,3 +141,7 @@ def test_the_version_is_the_one_of_the_distribution():
 
     project = tomllib.loads((Path(__file__).resolve().parents[3] / "pyproject.toml").read_text())
     assert project["project"]["version"] == VERSION
+
+
+def test_the_engine_s_process_logs_what_the_front_does():
+    assert parse("--log-level", "debug").engine().log_level == "debug"

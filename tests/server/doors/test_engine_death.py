@@ -1,9 +1,12 @@
 """The engine process dies, hangs or never starts: what callers hear, how soon, and what is served afterwards."""
 
+import asyncio
 import os
 import signal
 import threading
 import time
+from multiprocessing import active_children, resource_tracker
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import grpc
@@ -12,7 +15,9 @@ from grpc_health.v1 import health_pb2
 
 from tests.server.doors import fake_engine
 from tests.server.doors.harness import adapter_files, parts, refusal, running, until
-from weft.server.supervisor import EngineFailed, RestartPolicy
+from weft.server import supervisor
+from weft.server.engine.config import EngineConfig
+from weft.server.supervisor import EngineFailed, EngineProcess, RestartPolicy
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 FAST = RestartPolicy(backoff_s=0.02, stop_s_max=1.0)
@@ -121,6 +126,60 @@ def test_an_engine_that_keeps_dying_is_given_up(tmp_path):
         assert health(server) == NOT_SERVING
         page = server.scrape()
         assert [page[RESTARTS.format(cause)] for cause in ("exit", "start", "stall")] == [1, 1, 0]
+
+
+def no_room(*_):
+    raise EngineFailed("expected room for another process and its threads, got none")
+
+
+def test_an_engine_that_gets_no_process_is_given_up(tmp_path, monkeypatch):
+    policy = RestartPolicy(failures_max=3, backoff_s=0.01, stop_s_max=1.0)
+    with running(tmp_path, policy=policy) as server:
+        monkeypatch.setattr(supervisor, "EngineProcess", no_room)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        until(server.frontend.supervisor.gave_up.done)
+        assert "3 times in a row" in server.frontend.supervisor.gave_up.result()
+        assert health(server) == NOT_SERVING
+
+
+def test_a_process_that_is_to_be_had_later_is_taken_then(tmp_path, monkeypatch):
+    right, left = EngineProcess, [no_room, no_room]
+    with running(tmp_path, policy=FAST) as server:
+        monkeypatch.setattr(supervisor, "EngineProcess", lambda *said: left.pop()(*said) if left else right(*said))
+        os.kill(server.engine_pid, signal.SIGKILL)
+        until(lambda: not left and health(server) == SERVING)
+        assert server.generate(ids=[5], max_new_tokens=1).text == "a"
+
+
+def test_a_defect_in_looking_after_the_engine_ends_the_server(tmp_path, monkeypatch):
+    with running(tmp_path, policy=FAST) as server:
+        monkeypatch.setattr(server.frontend.supervisor, "_respawn", lambda *_: 1 / 0)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        until(server.frontend.supervisor.gave_up.done)
+        assert "nobody looks after the engine" in server.frontend.supervisor.gave_up.result()
+
+
+@pytest.mark.parametrize("broken", [(BaseProcess, OSError(11, "Resource temporarily unavailable")),
+                                    (threading.Thread, RuntimeError("can't start new thread"))])  # fmt: skip
+def test_what_a_process_needs_and_cannot_have_is_said_and_given_back(tmp_path, monkeypatch, broken):
+    kind, error = broken
+    nobody: Any = None
+
+    def start(self):
+        raise error
+
+    async def spawn():
+        config = EngineConfig(model=str(tmp_path), store=str(tmp_path / "store"))
+        monkeypatch.setattr(kind, "start", start)
+        with pytest.raises(EngineFailed, match=str(error.args[-1])):
+            EngineProcess(fake_engine.TARGET, config, nobody)
+
+    # one for all that this process will ever start
+    resource_tracker.ensure_running()
+    before = len(os.listdir("/proc/self/fd"))
+    asyncio.run(spawn())
+    assert not active_children()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_deaths_far_apart_are_forgiven(tmp_path):

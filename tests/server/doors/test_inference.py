@@ -207,6 +207,7 @@ FAILURES = {
     Failure.ADAPTER_INCOMPATIBLE: (grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_INCOMPATIBLE"),
     Failure.STORE_FULL: (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
     Failure.STORE_IO_ERROR: (grpc.StatusCode.INTERNAL, "STORE_IO_ERROR"),
+    Failure.OUT_OF_MEMORY: (grpc.StatusCode.UNAVAILABLE, "ENGINE_MEMORY"),
     Failure.BUG: (grpc.StatusCode.INTERNAL, "BUG"),
 }
 

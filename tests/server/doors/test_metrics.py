@@ -1,12 +1,16 @@
 """What Prometheus sees: the right numbers, and never more series than at the start."""
 
+from typing import Any
+
 import grpc
 import pytest
 
 from tests.server.doors import fake_engine
 from tests.server.doors.harness import adapter_files, running, until
 from weft.server.doors import door
+from weft.server.engine.messages import StepStats
 from weft.server.errors import TABLE
+from weft.server.metrics import Metrics
 from weft.server.version import VERSION, commit
 
 
@@ -191,3 +195,21 @@ def test_the_loop_is_never_held_up_for_long(served):
     change = grown(served, work)
     served.delete("loop")
     assert change[fired] == change['weft_event_loop_lag_seconds_bucket{le="0.5"}']
+
+
+def test_only_steps_with_rows_are_steps():
+    metrics = Metrics([])
+    figures: dict[str, Any] = {
+        "kv_bytes": 0,
+        "backbone_bytes": 0,
+        "adapters_bytes": 0,
+        "adapters_resident": 3,
+        "working_set_bytes": 0,
+    }
+    for rows in (0, 4, 0):
+        metrics.step(StepStats(step_s=0.5, rows=rows, distinct_adapters=1, working_set_misses=2, **figures))
+    read = metrics.registry.get_sample_value
+    for name in ("step_seconds", "batch_rows", "batch_adapters"):
+        assert read(f"weft_{name}_count") == 1
+    assert (read("weft_step_seconds_sum"), read("weft_batch_rows_sum")) == (0.5, 4)
+    assert (read("weft_adapters_resident"), read("weft_working_set_misses_total")) == (3, 6)

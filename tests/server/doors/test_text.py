@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests.server.doors.harness import TEMPLATE, byte_tokenizer, make_backbone
+from weft.server.config import ConfigError
 from weft.server.errors import InvalidRequest
 from weft.server.text import ChatTemplate, Detokenizer, StopStrings, Tokenizer
 
@@ -171,6 +172,22 @@ def test_whatever_a_template_does_wrong_is_told_as_the_message_s_fault(source):
     with pytest.raises(InvalidRequest) as refused:
         ChatTemplate(source, {}).render([("user", "x")])
     assert refused.value.field == "chat.messages"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [b"{", b"", b"[]", b"\xff\xfe", b"[" * 100_000], ids=lambda content: content[:2])
+def test_a_file_that_cannot_be_read_is_named(name, content, tmp_path):
+    folder = make_backbone(tmp_path)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=name):
+        Tokenizer.load(folder)
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path):
+    folder = make_backbone(tmp_path)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja must be text in UTF-8"):
+        Tokenizer.load(folder)
 
 
 def test_chat_is_rendered_up_to_the_assistant_s_turn(tmp_path):

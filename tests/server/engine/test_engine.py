@@ -1,17 +1,35 @@
 """The engine as a whole, in one process: isolation, eviction, memory, failures that stay where they happen."""
 
+import threading
+import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.support import adapters
 from tests.support.backbones import VOCABULARY, build
+from weft.adapters_store import loader
+from weft.adapters_store.compile import compile_adapter
 from weft.server.backbone.model import Backbone
 from weft.server.engine import runner, sampler
 from weft.server.engine.config import EngineConfig
-from weft.server.engine.messages import Digest, Failure, RequestId, Sampling, Submit
+from weft.server.engine.engine import HEARTBEAT_S, Engine
+from weft.server.engine.messages import (
+    Digest,
+    Failed,
+    Failure,
+    Prepare,
+    RequestId,
+    Sampling,
+    StepStats,
+    Submit,
+    Tokens,
+)
 from weft.server.engine.offline import AdapterRefused, OfflineEngine, RequestFailed
+from weft.server.engine.scheduler import ADAPTER_PATIENCE_S
 
 KINDS = ("lora", "lora_patterns", "lokr_full", "ia3")
 PROMPT = (5, 9, 33, 7, 12)
@@ -106,16 +124,39 @@ def test_nan_in_one_block_breaks_exactly_that_adapter(tmp_path, folders):
     assert after == [base, *(tokens for kind, tokens in before.items() if kind != "lokr_full")]
 
 
-def test_non_finite_rows_do_not_touch_their_neighbours(tmp_path, folders):
+def finish(engine, submits):
+    """Drive steps by hand until every request has ended: tokens by id, and how those ended that failed."""
+    tokens: dict[str, list[int]] = {submit.id: [] for submit in submits}
+    failed: dict[str, Failed] = {}
+    left = set(tokens)
+    for submit in submits:
+        engine.engine.handle(submit)
+    end = time.monotonic() + 20
+    while left:
+        assert time.monotonic() < end, left
+        for event in engine.engine.step():
+            if isinstance(event, Failed):
+                failed[event.id] = event
+                left.discard(event.id)
+            if isinstance(event, Tokens):
+                tokens[event.id] += event.tokens
+                left -= {event.id} if event.finish is not None else set()
+    return tokens, failed
+
+
+def mixed(*digests, new=6):
+    return [Submit(RequestId(str(i)), PROMPT, new, adapter=digest) for i, digest in enumerate(digests)]
+
+
+def test_rows_beside_non_finite_ones_get_the_tokens_that_they_get_alone(tmp_path, folders):
     engine = start(tmp_path)
     good, bad = engine.register("good", folders["lora"]), engine.register("bad", folders["lora_patterns"])
-    alone = ask(engine, (good, PROMPT), (good, PROMPT[:3]))
+    alone, base = ask(engine, (good, PROMPT))[0], ask(engine, (None, PROMPT))[0]
     ask(engine, (bad, PROMPT))
     overwrite(engine, bad, torch.inf)
-    submits = [Submit(RequestId(str(i)), p, 6, adapter=d) for i, (d, p) in enumerate([(good, PROMPT), (bad, PROMPT)])]
-    with pytest.raises(RequestFailed):
-        engine.run(submits)
-    assert ask(engine, (good, PROMPT), (good, PROMPT[:3])) == alone
+    tokens, failed = finish(engine, mixed(good, bad, None, good))
+    assert {id: event.failure for id, event in failed.items()} == {"1": Failure.NON_FINITE_LOGITS}
+    assert [tokens[id] for id in "023"] == [alone, base, alone]
     assert engine.engine.pages.used == 0
 
 
@@ -155,22 +196,153 @@ def test_resident_bytes_are_the_sum_of_the_blocks_exactly(tmp_path, folders):
         assert engine.engine.stats().adapters_bytes == total
 
 
-def test_a_step_that_breaks_ends_its_requests_and_no_others(tmp_path, folders, monkeypatch):
+@pytest.fixture
+def runs(monkeypatch):
+    """Make steps break: ``runs.breaks(batch)`` is the error to raise, or None. ``runs.sizes``: of those that went."""
+    right = runner.Runner.run
+    spy = SimpleNamespace(breaks=lambda batch: None, sizes=[])
+
+    def run(self, batch):
+        error = spy.breaks(batch)
+        if error is not None:
+            raise error
+        spy.sizes.append(len(batch.items))
+        return right(self, batch)
+
+    monkeypatch.setattr(runner.Runner, "run", run)
+    return spy
+
+
+def test_a_request_that_breaks_its_steps_ends_and_no_other(tmp_path, folders, runs, caplog):
     engine = start(tmp_path)
-    want = ask(engine, (None, PROMPT))
-    forward = engine.engine.backbone.forward
-
-    def broken(*_):
-        monkeypatch.setattr(engine.engine.backbone, "forward", forward)
-        raise RuntimeError("out of luck")
-
-    monkeypatch.setattr(engine.engine.backbone, "forward", broken)
-    with pytest.raises(RequestFailed) as failed:
-        ask(engine, (None, PROMPT))
-    assert failed.value.event.failure is Failure.BUG
-    assert "luck" not in failed.value.event.message
-    assert ask(engine, (None, PROMPT)) == want
+    good, bad = engine.register("good", folders["lora"]), engine.register("bad", folders["ia3"])
+    alone, base = ask(engine, (good, PROMPT))[0], ask(engine, (None, PROMPT))[0]
+    ask(engine, (bad, PROMPT))
+    runs.breaks = lambda batch: (
+        RuntimeError("out of luck") if any(i.request.submit.adapter == bad for i in batch.items) else None
+    )
+    tokens, failed = finish(engine, mixed(good, None, bad, good, bad))
+    assert {id: event.failure for id, event in failed.items()} == {"2": Failure.BUG, "4": Failure.BUG}
+    assert "luck" not in failed["2"].message
+    assert "out of luck" in caplog.text
+    assert [tokens[id] for id in "013"] == [alone, base, alone]
     assert engine.engine.pages.used == 0
+    engine.engine.residency.check()
+
+
+def test_a_step_without_memory_is_run_in_halves(tmp_path, runs):
+    engine = start(tmp_path)
+    base = ask(engine, (None, PROMPT))[0]
+    runs.sizes.clear()
+    runs.breaks = lambda batch: torch.OutOfMemoryError("no room") if len(batch.items) > 2 else None
+    tokens, failed = finish(engine, mixed(*[None] * 5, new=2))
+    assert not failed
+    assert list(tokens.values()) == [base[:2]] * 5
+    assert runs.sizes == [2, 1, 2] * 2
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_a_request_too_large_for_the_memory_alone_is_told_so(error, tmp_path, runs):
+    engine = start(tmp_path)
+    runs.breaks = lambda batch: error
+    _, failed = finish(engine, mixed(None))
+    assert failed["0"].failure is Failure.OUT_OF_MEMORY
+    assert engine.engine.pages.used == 0
+
+
+def test_a_device_that_is_lost_ends_the_engine(tmp_path, runs):
+    engine = start(tmp_path)
+    runs.breaks = lambda batch: torch.AcceleratorError("gone")
+    with pytest.raises(torch.AcceleratorError):
+        finish(engine, mixed(None))
+
+
+@pytest.fixture
+def slow_compile(monkeypatch):
+    """Compiling waits until the event is set."""
+    goes_on = threading.Event()
+    right = compile_adapter
+
+    def slow(*arguments):
+        assert goes_on.wait(20)
+        return right(*arguments)
+
+    monkeypatch.setattr(loader, "compile_adapter", slow)
+    yield goes_on
+    goes_on.set()
+
+
+def test_while_one_adapter_compiles_everybody_else_is_served(tmp_path, folders, slow_compile):
+    slow_compile.set()
+    engine = start(tmp_path)
+    slow, here, away = (engine.register(kind, folders[kind]) for kind in ("lora", "ia3", "lokr_full"))
+    ask(engine, (here, PROMPT))
+    for image in (tmp_path / "images").glob(f"{slow}*"):
+        image.unlink()
+    slow_compile.clear()
+    now = [0.0]
+    engine.engine.scheduler._clock = lambda: now[0]
+    engine.engine.handle(Submit(RequestId("slow"), PROMPT, 2, adapter=slow))
+    for number in range(3):
+        # much longer than anybody waits for room
+        now[0] += 10 * ADAPTER_PATIENCE_S
+        tokens, failed = finish(engine, mixed(None, here, away, new=2 + number))
+        assert not failed
+        assert [len(each) for each in tokens.values()] == [2 + number] * 3
+    assert [request.submit.id for request in engine.engine.scheduler.waiting] == ["slow"]
+    slow_compile.set()
+    assert len(finish(engine, mixed(None, new=1))[0]) == 1
+    until = time.monotonic() + 10
+    while engine.engine.scheduler.waiting or engine.engine.scheduler.running:
+        assert time.monotonic() < until
+        engine.engine.step()
+
+
+def test_an_engine_whose_loader_works_is_heard_of(tmp_path):
+    now = [0.0]
+    config = EngineConfig(model="m", store=str(tmp_path), adapter_memory_bytes_max=1 << 20, kv_bytes_max=1 << 20)
+    engine = Engine(config, Backbone(build("llama")), clock=lambda: now[0])
+    heard = []
+    slow = loader.Loader._prepare
+    goes_on = threading.Event()
+
+    def prepare(self, digest):
+        assert goes_on.wait(20)
+        return slow(self, digest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader.Loader, "_prepare", prepare)
+        engine.handle(Prepare(Digest("1" * 64)))
+        for _ in range(100):
+            now[0] += 0.1
+            heard += [now[0] for event in engine.step() if isinstance(event, StepStats)]
+        goes_on.set()
+        until = time.monotonic() + 10
+        while engine.residency.busy():
+            assert time.monotonic() < until
+            engine.step()
+    gaps = [after - before for before, after in pairwise([0.0, *heard, 10.0])]
+    assert max(gaps) <= HEARTBEAT_S + 0.2
+    assert len(heard) <= 12
+    now[0] += 60
+    assert engine.step() == []
+
+
+def test_adapters_without_room_in_the_working_set_are_counted(tmp_path, folders, caplog):
+    engine = start(tmp_path, working_set_bytes_max=0, kernels="torch")
+    digest = engine.register("lora", folders["lora"])
+    misses = 0
+    for submit in (
+        Submit(RequestId("1"), PROMPT, 3, adapter=digest),
+        Submit(RequestId("2"), PROMPT, 3, adapter=digest),
+    ):
+        engine.engine.handle(submit)
+        while engine.engine.busy:
+            misses += sum(e.working_set_misses for e in engine.engine.step() if isinstance(e, StepStats))
+    assert misses == engine.engine.kernels.working_set_misses > 0
+    assert caplog.text.count("working_set_bytes_max: 0 bytes are too few") == 1
 
 
 def test_sampled_tokens_do_not_depend_on_the_batch(tmp_path, folders):

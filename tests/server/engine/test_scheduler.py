@@ -32,6 +32,7 @@ class FakeResidency:
 
     there: set[str] = field(default_factory=set)
     impossible: set[str] = field(default_factory=set)
+    loading: set[str] = field(default_factory=set)
     held: list[str] = field(default_factory=list)
     records: dict[str, tuple[Record, ...]] = field(default_factory=dict)
 
@@ -44,6 +45,9 @@ class FakeResidency:
         directory = SimpleNamespace(records=self.records.get(digest, ()))
         block = SimpleNamespace(key=sorted(self.there).index(digest), directory=directory)
         return SimpleNamespace(digest=digest, block=block)
+
+    def lacks_room(self, digest):
+        return digest not in self.loading
 
     def release(self, lease):
         self.held.remove(lease.digest)
@@ -115,7 +119,42 @@ def test_a_request_that_waits_for_its_adapter_is_overtaken():
     assert "slow" in [i.request.submit.id for i in run_step(scheduler)[0].items]
 
 
-def test_a_request_that_has_waited_long_for_its_adapter_is_not_overtaken_any_more():
+def test_a_request_that_waits_for_the_loader_is_overtaken_for_as_long_as_it_takes():
+    now = [1.0]
+    scheduler, residency, _ = make(there=["a"], clock=lambda: now[0])
+    residency.loading.add("slow")
+    submit(scheduler, "slow", adapter="slow")
+    for number, adapter in enumerate(("a", None, "a", None)):
+        now[0] += 2 * ADAPTER_PATIENCE_S
+        submit(scheduler, str(number), new=1, adapter=adapter)
+        assert [i.request.submit.id for i in run_step(scheduler)[0].items] == [str(number)]
+    # what counts is how long there has been no room
+    residency.loading.clear()
+    submit(scheduler, "one more", new=1, adapter="a")
+    assert [i.request.submit.id for i in run_step(scheduler)[0].items] == ["one more"]
+    now[0] += 2 * ADAPTER_PATIENCE_S
+    submit(scheduler, "too late", new=1, adapter="a")
+    assert not run_step(scheduler)[0].items
+
+
+def test_a_hit_is_a_request_that_found_its_adapter_and_counts_once():
+    scheduler, residency, _ = make(pages=1 + 5, there=["a"])
+    submit(scheduler, "base", prompt=8, new=2)
+    submit(scheduler, "found", prompt=8, new=2, adapter="a")
+    for _ in range(2):
+        # the second finds its adapter and has to wait for pages
+        run_step(scheduler)
+        assert scheduler.drain_hits() == 0
+    run_step(scheduler)
+    assert scheduler.drain_hits() == 1
+    submit(scheduler, "missed", new=1, adapter="b")
+    run_step(scheduler)
+    residency.there.add("b")
+    run_step(scheduler)
+    assert [scheduler.drain_hits(), len(residency.held)] == [0, 0]
+
+
+def test_a_request_that_has_waited_long_for_room_is_not_overtaken_any_more():
     clock = iter([1.0, 1.0 + ADAPTER_PATIENCE_S, 1.1 + ADAPTER_PATIENCE_S, 9.0])
     scheduler, residency, _ = make(there=["a"], clock=lambda: next(clock))
     submit(scheduler, "large", adapter="late")
