@@ -112,13 +112,14 @@ class Family:
         for of, method, watched in ((engine.runner, "run", watched_run), (engine.backbone, "forward", watched_forward)):
             setattr(of, method, watched)
 
-    def _folder(self, name: str, twin: int) -> Path:
+    def folder_of(self, name: str, twin: int) -> Path:
+        """Where a twin of a case is written."""
         return self.folder / f"{name}-{twin}"
 
     def digest(self, name: str, twin: int = 0) -> Digest:
         """The version of a case, registered when it is first asked for; each twin is drawn from another seed."""
         if (name, twin) not in self._digests:
-            folder = CASES[name].make(self.name, self._folder(name, twin), sum(name.encode()) + 1000 * twin)
+            folder = CASES[name].make(self.name, self.folder_of(name, twin), sum(name.encode()) + 1000 * twin)
             self._digests[name, twin] = self.offline.register(f"{name}-{twin}", folder)
         return self._digests[name, twin]
 
@@ -126,7 +127,7 @@ class Family:
         """Who knows what this version computes."""
         if (name, twin) not in self._oracles:
             self.digest(name, twin)
-            self._oracles[name, twin] = CASES[name].oracle(self.name, self._folder(name, twin))
+            self._oracles[name, twin] = CASES[name].oracle(self.name, self.folder_of(name, twin))
         return self._oracles[name, twin]
 
     def run(self, asked: Mapping[str, tuple[Digest | None, tuple[int, ...]]]) -> dict[str, Answer]:
