@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.support import methods
 from tests.support.backbones import VOCABULARY, build
 from tests.support.methods.case import ALL, Case, Oracle, WholePass
+from weft.adapters_store.composition import derive
 from weft.server.backbone.model import Backbone
 from weft.server.engine.config import EngineConfig
 from weft.server.engine.messages import Digest, RequestId, Submit
@@ -69,6 +70,18 @@ class Answer:
     def problem(self, oracle: Oracle) -> str | None:
         """How its tokens differ from what the oracle would have picked."""
         return problem(oracle, self.prompt, self.tokens)
+
+
+Members = Sequence[tuple[Digest, float]]
+
+
+def submit(id: str, said: Digest | Members | None, prompt: tuple[int, ...]) -> Submit:
+    """A request with one adapter, with several, each with a weight, or with none."""
+    if said is None or isinstance(said, str):
+        return Submit(RequestId(id), prompt, NEW_TOKENS, adapter=said)
+    digest, members = derive(said)
+    kept = tuple((Digest(member), weight) for member, weight in members)
+    return Submit(RequestId(id), prompt, NEW_TOKENS, adapter=None if digest is None else Digest(digest), members=kept)
 
 
 class Family:
@@ -130,11 +143,10 @@ class Family:
             self._oracles[name, twin] = CASES[name].oracle(self.name, self.folder_of(name, twin))
         return self._oracles[name, twin]
 
-    def run(self, asked: Mapping[str, tuple[Digest | None, tuple[int, ...]]]) -> dict[str, Answer]:
-        """Answers to requests, all in one batch: id → (version, prompt)."""
+    def run(self, asked: Mapping[str, tuple[Digest | Members | None, tuple[int, ...]]]) -> dict[str, Answer]:
+        """Answers to requests, all in one batch: id → (version, or several with weights, prompt)."""
         self._seen.clear()
-        submits = [Submit(RequestId(id), prompt, NEW_TOKENS, adapter=digest) for id, (digest, prompt) in asked.items()]
-        made = self.offline.run(submits)
+        made = self.offline.run([submit(id, said, prompt) for id, (said, prompt) in asked.items()])
         return {
             id: Answer(prompt, made[RequestId(id)], torch.stack(self._seen[id])) for id, (_, prompt) in asked.items()
         }
@@ -142,7 +154,7 @@ class Family:
     def together(self, names: Sequence[str]) -> dict[str, Answer]:
         """Answers for both twins of these cases, as ``name-twin``, and twice for the ``base``, out of one batch."""
         said = prompts(2 * len(names) + 2, 5)
-        asked: dict[str, tuple[Digest | None, tuple[int, ...]]] = {}
+        asked: dict[str, tuple[Digest | Members | None, tuple[int, ...]]] = {}
         for i, name in enumerate(names):
             for twin in (0, 1):
                 asked[f"{name}-{twin}"] = self.digest(name, twin), CASES[name].prompt(said[2 * i + twin])
