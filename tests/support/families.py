@@ -87,12 +87,12 @@ def submit(id: str, said: Digest | Members | None, prompt: tuple[int, ...]) -> S
 class Family:
     """A family's engine with an adapter of every method that applies to it, and what the oracles say."""
 
-    def __init__(self, name: str, folder: Path, dtype: torch.dtype = torch.float32):
+    def __init__(self, name: str, folder: Path, dtype: torch.dtype = torch.float32, adapter_bytes: int = 64 << 20):
         self.name, self.folder = name, folder
         config = EngineConfig(
             model=name,
             store=str(folder / "store"),
-            adapter_memory_bytes_max=64 << 20,
+            adapter_memory_bytes_max=adapter_bytes,
             kv_bytes_max=4 << 20,
             batch_tokens_max=320,
             batch_requests_max=300,
