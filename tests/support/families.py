@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support import methods
 from tests.support.backbones import VOCABULARY, build
@@ -73,6 +73,8 @@ class Answer:
 
 
 Members = Sequence[tuple[Digest, float]]
+# id → (a version, several with weights, or the base; a prompt)
+Asked = Mapping[str, tuple[Digest | Members | None, tuple[int, ...]]]
 
 
 def submit(id: str, said: Digest | Members | None, prompt: tuple[int, ...]) -> Submit:
@@ -97,7 +99,7 @@ class Family:
             batch_tokens_max=320,
             batch_requests_max=300,
         )
-        self.offline = OfflineEngine(config, Backbone(build(name).to(dtype)))
+        self.offline = OfflineEngine(config, Backbone(nn.Module.to(build(name), dtype)))
         self.base = WholePass(build(name))
         self.names = [case for family, case in PAIRS if family == name]
         self._digests: dict[tuple[str, int], Digest] = {}
@@ -143,8 +145,8 @@ class Family:
             self._oracles[name, twin] = CASES[name].oracle(self.name, self.folder_of(name, twin))
         return self._oracles[name, twin]
 
-    def run(self, asked: Mapping[str, tuple[Digest | Members | None, tuple[int, ...]]]) -> dict[str, Answer]:
-        """Answers to requests, all in one batch: id → (version, or several with weights, prompt)."""
+    def run(self, asked: Asked) -> dict[str, Answer]:
+        """Answers to requests, all in one batch, by id."""
         self._seen.clear()
         made = self.offline.run([submit(id, said, prompt) for id, (said, prompt) in asked.items()])
         return {

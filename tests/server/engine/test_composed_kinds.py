@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.support.backbones import build
-from tests.support.families import CASES, CHANGE, TOLERANCE, Family, Members, prompts
+from tests.support.families import CASES, CHANGE, TOLERANCE, Asked, Family, Members, prompts
 from tests.support.methods.case import ALL, GEMMA, LLAMA, Oracle, WholePass
 from tests.support.methods.native_files import linears, read
 from tests.support.methods.native_hooks import change_sublayer, layer_paths
@@ -113,7 +113,7 @@ def test_two_compute_what_they_say_alone_and_beside_each_of_them(families, famil
     family = families(family)
     both = members(family, name)
     said = prompts(4, len(name))
-    asked = {
+    asked: Asked = {
         "base": (None, said[0]), "one": (both[0][0], said[1]), "both": (both, said[2]), "two": (both[1][0], said[3])
     }  # fmt: skip
     want = oracle(family, name)
@@ -132,8 +132,11 @@ def test_the_order_of_a_batch_changes_no_answer(families, family):
     family = families(family)
     composed = [name for name, of in COMPOSED.items() if family.name in of.families]
     said = prompts(len(composed), 3)
-    asked = {name: (members(family, name), prompt) for name, prompt in zip(composed, said, strict=True)}
-    asked |= {"base": (None, (5, 6, 7)), "lora": (family.digest("lora"), (8, 9, 10, 11))}
+    asked: Asked = {
+        **{name: (members(family, name), prompt) for name, prompt in zip(composed, said, strict=True)},
+        "base": (None, (5, 6, 7)),
+        "lora": (family.digest("lora"), (8, 9, 10, 11)),
+    }
     names = list(asked)
     first = family.run(asked)
     for order in (names[::-1], names[1::2] + names[::2]):

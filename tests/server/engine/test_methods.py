@@ -90,7 +90,8 @@ def test_neighbours_change_nothing_while_decoding(families, family, method, monk
     own, *others = company.of(method)
 
     def row(others: Sequence[str | None]) -> torch.Tensor:
-        return company.decoded([*others[:WATCHED], own, *others[WATCHED:]], monkeypatch)[WATCHED]
+        decoded: torch.Tensor = company.decoded([*others[:WATCHED], own, *others[WATCHED:]], monkeypatch)
+        return decoded[WATCHED]
 
     want = row(others)
     assert torch.equal(row([None] * len(others)), want), "beside rows of the base"
