@@ -23,7 +23,7 @@ COMPANY = 10
 # tokens that each of them has cached while it decodes; they are padded to two lengths
 CACHED = (20, 63, 9, 30, 25, 70, 120, 12, 40, 100)
 # what each is given then; adapters that embed tokens anew have it
-TOKEN = 7
+TOKEN = 9
 PAGE_TOKENS = 16
 
 
