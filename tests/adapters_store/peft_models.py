@@ -14,6 +14,7 @@ from tests.adapters_store.peft_lora_variants import NOT_POOLED, VARIANTS, pool, 
 from tests.support.backbones import COMMON
 from tests.support.backbones import build as build_plain
 from tests.support.catalogues import ModelSites, sites_of
+from tests.support.peft_saving import write
 
 __all__ = ["ModelSites", "sites_of"]
 
@@ -129,7 +130,7 @@ def save(model: PeftModel, folder: Path) -> Path:
     with warnings.catch_warnings():
         # about embeddings that it saves along
         warnings.simplefilter("ignore")
-        model.save_pretrained(str(folder))
+        write(model, folder)
     return folder
 
 
@@ -152,5 +153,5 @@ def several(family: str, configs: dict[str, PeftConfig], folder: Path, mixed: bo
                     near_one = ".ia3_l" in path or "magnitude" in path
                     parameter.copy_(parameter * (1 + 0.3 * noise) if near_one else 0.4 * noise)
         if not mixed:
-            model.save_pretrained(str(folder))
+            write(model, folder)
     return model

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -107,21 +107,29 @@ def bottleneck(neck: Neck, of: Noise) -> tuple[Extra, reference.Bottleneck]:
         whole(down_pairs),
         whole(up_pairs) if neck.rank else None,
         code,
-        *biases,
-        norm=None if norm[0] is None else (*norm, EPSILON),
-        gate=None if gate[0] is None else gate,
+        down_bias=biases[0],
+        up_bias=biases[1],
+        norm=None if norm[0] is None or norm[1] is None else (norm[0], norm[1], EPSILON),
+        gate=None if gate[0] is None else (gate[0], gate[1]),
         skip=skip,
     )
     return record, written
 
 
 def in_dtype(of: reference.Bottleneck, dtype: torch.dtype) -> reference.Bottleneck:
-    def own(value: object) -> object:
-        if isinstance(value, tuple):
-            return tuple(own(each) for each in value)
-        return value.to(dtype) if isinstance(value, Tensor) else value
+    def own(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(dtype)
 
-    return replace(of, **{name: own(value) for name, value in vars(of).items()})
+    return reference.Bottleneck(
+        of.down.to(dtype),
+        own(of.up),
+        of.act,
+        down_bias=own(of.down_bias),
+        up_bias=own(of.up_bias),
+        norm=None if of.norm is None else (of.norm[0].to(dtype), of.norm[1].to(dtype), of.norm[2]),
+        gate=None if of.gate is None else (of.gate[0].to(dtype), own(of.gate[1])),
+        skip=own(of.skip),
+    )
 
 
 @pytest.mark.parametrize("name", NECKS)

@@ -1,5 +1,6 @@
 """Deltas of linears that are records, kind by kind, against the oracle in fp64."""
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ class Noise:
 
     def factor(self, *size: int) -> Tensor:
         """[.., n] of the size 1 / sqrt(n)."""
-        return (torch.randn(*size, generator=self.drawn) / size[-1] ** 0.5).to(self.dtype)
+        return (torch.randn(*size, generator=self.drawn) / math.sqrt(size[-1])).to(self.dtype)
 
     def vector(self, *size: int) -> Tensor:
         """The same around 1, in fp32."""

@@ -10,6 +10,7 @@ from peft import IA3Config, LoKrConfig, LoraConfig, PeftConfig, PeftModel, get_p
 from transformers import PreTrainedModel
 
 from tests.support.backbones import build
+from tests.support.peft_saving import write
 
 T = TypeVar("T")
 
@@ -91,7 +92,7 @@ def make(kind: str, family: str, folder: Path, seed: int) -> Path:
                     parameter.copy_(1 + 0.5 * torch.randn(parameter.shape, generator=generator))
                 elif ".lora_" in name or ".lokr_" in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
-        model.save_pretrained(str(folder))
+        write(model, folder)
     return folder
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LoKrConfig, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
+from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 
 from tests.adapters_store.peft_models import adapt, save, several
-from tests.support.adapters import ATTENTION, LINEARS
+from tests.support.adapters import LINEARS
 from tests.support.backbones import VOCABULARY, build
 from tests.support.methods.case import ALL, Oracle, WholePass, by_peft, noise
 from weft.adapters_store.composition import derive
@@ -36,11 +36,6 @@ def lora(family: str, rank: int = 4, **values: Any) -> PeftConfig:
 def ia3(family: str) -> PeftConfig:
     outputs, inputs = (["c_attn"], ["mlp.c_proj"]) if family == "gpt2" else (["k_proj", "v_proj"], ["down_proj"])
     return IA3Config(target_modules=[*outputs, *inputs], feedforward_modules=inputs)
-
-
-def lokr(family: str) -> PeftConfig:
-    targets = ["lm_head"] if family == "gpt2" else ATTENTION["llama"]
-    return LoKrConfig(r=128, alpha=192, target_modules=targets)
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from tests.server.engine.test_method_isolation import COMPANY, Batch
-from tests.server.engine.test_methods import CHANGE, NEW_TOKENS, problem, prompts
 from tests.support.backbones import build
+from tests.support.company import COMPANY, Company
+from tests.support.families import CHANGE, NEW_TOKENS, Family, problem, prompts
 from tests.support.methods.case import Oracle, WholePass
 from tests.support.methods.peft_experts import CASES, MIXTRAL
 from weft.adapters_store.composition import derive
@@ -124,11 +124,10 @@ def test_in_half_precision(tmp_path):
 
 def test_no_row_sees_what_others_carry_inside_experts(tmp_path):
     """Bit for bit, in batches of one shape: inside the last layer, so that routing stays what it is."""
-    batch = Batch(MIXTRAL, tmp_path)
-    batch.blocks[ONE] = batch._block(ONE, MIXTRAL, tmp_path / ONE)
-    base, every = batch.logits([None] * COMPANY), batch.logits([ONE] * COMPANY)
+    company = Company(Family(MIXTRAL, tmp_path))
+    base, every = company.prompted([None] * COMPANY), company.prompted([ONE] * COMPANY)
     for carrying in (COMPANY - 1, 3, 0):
-        mixed = batch.logits([ONE if i == carrying else None for i in range(COMPANY)])
+        mixed = company.prompted([ONE if i == carrying else None for i in range(COMPANY)])
         for i in range(COMPANY):
             want, other = (every, base) if i == carrying else (base, every)
             assert torch.equal(mixed[i], want[i])

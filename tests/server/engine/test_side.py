@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from tests.server.engine.test_methods import problem, prompts
 from tests.support.backbones import VOCABULARY, build
+from tests.support.families import problem, prompts
 from tests.support.methods.case import ALL, LLAMA, Oracle, WholePass
 from tests.support.methods.native_side import CASES, BesidePass
 from tests.support.methods.peft_lora import CASES as LOW_RANK

@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from tests.support.backbones import build
+from tests.support.peft_saving import write
 
 LLAMA, GPT2, GEMMA = "llama", "gpt2", "gemma3"
 ALL = (LLAMA, GPT2, GEMMA)
@@ -96,7 +97,7 @@ def by_peft(
                         filled = change(parameter_name, parameter, random)
                         if filled is not None:
                             parameter.copy_(filled)
-            model.save_pretrained(str(folder))
+            write(model, folder)
         return folder
 
     def oracle(family: str, folder: Path) -> Oracle:

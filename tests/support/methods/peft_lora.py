@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 
 from tests.support.backbones import build
 from tests.support.methods.case import ALL, GEMMA, LLAMA, Case, Oracle, WholePass, by_peft
+from tests.support.peft_saving import write
 
 # every linear of the family, and a few of them
 LINEARS: Mapping[str, str | list[str]] = {"gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]}
@@ -117,7 +118,7 @@ def _qalora() -> Case:
     def make(family: str, folder: Path, seed: int) -> Path:
         model = pooled(family)
         _fill(model, seed)
-        model.save_pretrained(str(folder))
+        write(model, folder)
         return folder
 
     def oracle(family: str, folder: Path) -> Oracle:
@@ -144,7 +145,7 @@ def _pruned() -> Case:
         with warnings.catch_warnings():
             # peft suspects an empty tensor to be a loss
             warnings.simplefilter("ignore")
-            model.save_pretrained(str(folder))
+            write(model, folder)
         return folder
 
     def oracle(family: str, folder: Path) -> Oracle:

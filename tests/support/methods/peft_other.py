@@ -54,6 +54,12 @@ def _tokens(family: str) -> PeftConfig:
     return peft.TrainableTokensConfig(token_indices=ids, target_modules=[EMBEDDINGS.get(family, "embed_tokens")])
 
 
+def _ia3(family: str) -> PeftConfig:
+    """Scales of outputs and of the input of a feed-forward part."""
+    outputs, inputs = (["c_attn"], ["mlp.c_proj"]) if family == GPT2 else (["k_proj", "v_proj"], ["down_proj"])
+    return peft.IA3Config(target_modules=[*outputs, *inputs], feedforward_modules=inputs)
+
+
 def _norms(family: str) -> PeftConfig:
     return peft.LNTuningConfig(target_modules=NORMS[family])
 
@@ -62,6 +68,13 @@ NO_GPT2 = (LLAMA, GEMMA)
 SHARED = {"projection_prng_key": 3}
 
 CASES: tuple[Case, ...] = (
+    by_peft("ia3", _ia3, noise(0.4, [".ia3_l"])),
+    by_peft("ia3_outputs", everywhere(peft.IA3Config, feedforward_modules=[]), noise(0.4, [".ia3_l"])),
+    # factors of both sizes whole, as KronA has them, and a low-rank pair in the place of the second
+    by_peft("lokr_full", plain(peft.LoKrConfig, r=128, alpha=192)),
+    by_peft("lokr_krona", plain(peft.LoKrConfig, r=128, alpha=128, decompose_factor=4)),
+    by_peft("lokr", plain(peft.LoKrConfig, r=2, alpha=3)),
+    by_peft("lokr_both", plain(peft.LoKrConfig, r=1, alpha=2, decompose_both=True)),
     by_peft("ln_tuning", _norms, noise(0.4, [""])),
     by_peft("beft", plain(peft.BeftConfig)),
     by_peft("shira", plain(peft.ShiraConfig, r=2)),

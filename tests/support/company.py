@@ -1,26 +1,18 @@
-"""The isolation promise, method by method, bit for bit: in batches of one shape no row sees what others carry.
-
-Once for pieces of prompts, and once for steps in which every sequence has one row, over keys and values that are kept.
-"""
+"""Single steps of a few sequences, always of one shape, in which each carries a method of a family."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.server.engine.test_methods import CASES, PAIRS
-from tests.support.backbones import VOCABULARY, build
+from tests.support.backbones import VOCABULARY
+from tests.support.families import Family
 from weft.adapters_store.traits import traits_of
 from weft.kernels.batch import Block, Segment, SoftSpan
 from weft.kernels.extras import Kind
-from weft.server.backbone.model import Backbone
 from weft.server.backbone.step import PagedKV, PrefillSpan, SideSpan, Step
-from weft.server.engine.config import EngineConfig
 from weft.server.engine.messages import RequestId, Submit
-from weft.server.engine.offline import OfflineEngine
 from weft.server.engine.request import NO_TRAITS, Request
 from weft.server.engine.runner import Runner
 from weft.server.engine.scheduler import Batch, Item
@@ -30,28 +22,24 @@ TOKENS = 8
 COMPANY = 10
 # tokens that each of them has cached while it decodes; they are padded to two lengths
 CACHED = (20, 63, 9, 30, 25, 70, 120, 12, 40, 100)
-# the one that is watched
-WATCHED = 4
 # what each is given then; adapters that embed tokens anew have it
-TOKEN = 7
+TOKEN = 9
 PAGE_TOKENS = 16
 
 
 class Company:
-    """Batches of a few sequences, always of one shape, in which each carries a method of a family."""
+    """A family's blocks, none of which ever moves, and steps made of them."""
 
-    def __init__(self, family: str, folder: Path):
-        config = EngineConfig(
-            model=family, store=str(folder / "store"), adapter_memory_bytes_max=64 << 20, kv_bytes_max=4 << 20
-        )
-        self.offline = OfflineEngine(config, Backbone(build(family)))
-        self.names = [name for of, name in PAIRS if of == family]
-        self.blocks = {name: self._block(name, family, folder / name) for name in self.names}
+    def __init__(self, family: Family):
+        self._engine, self.names = family.offline.engine, family.names
+        self._family = family
+        self._blocks: dict[str, Block] = {}
+        self._known: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(3)
         self.ids = torch.randint(3, VOCABULARY, (COMPANY * TOKENS,), generator=generator)
         drawn = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in CACHED]
         self._prompts = [(*tokens, TOKEN) for tokens in drawn]
-        backbone = self.offline.engine.backbone
+        backbone = self._engine.backbone
         # of each sequence, and of a network beside the backbone
         self._pages = -(-2 * max(CACHED) // PAGE_TOKENS)
         slots = (1 + COMPANY * self._pages) * PAGE_TOKENS
@@ -59,24 +47,33 @@ class Company:
         for kept in (*self._kv.keys, *self._kv.values):
             kept.normal_(generator=generator)
         self._kv.clear_scratch(PAGE_TOKENS)
-        self._runner = Runner(backbone, self.offline.engine.kernels, self._kv, PAGE_TOKENS)
+        self._runner = Runner(backbone, self._engine.kernels, self._kv, PAGE_TOKENS)
 
-    def company(self, name: str) -> list[str]:
+    def of(self, name: str) -> list[str]:
         """A method and those that follow it in the list, as many as a batch has sequences."""
         at = self.names.index(name)
         return [self.names[(at + i) % len(self.names)] for i in range(COMPANY)]
 
-    def _block(self, name: str, family: str, folder: Path) -> Block:
-        digest = self.offline.register(name, CASES[name].make(family, folder, sum(name.encode())))
-        residency = self.offline.engine.residency
-        while (lease := residency.acquire(digest)) is None:
-            self.offline.engine.step()
-        # never released: blocks stay where they are
-        return lease.block
+    def base(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
+        """What ``prompted`` and ``decoded`` make of nothing but rows of the base."""
+        if not self._known:
+            nobody = [None] * COMPANY
+            self._known = {"prompted": self.prompted(nobody), "decoded": self.decoded(nobody, monkeypatch)}
+        return self._known["prompted"], self._known["decoded"]
 
-    def logits(self, carried: Sequence[str | None]) -> Tensor:
+    def block(self, name: str) -> Block:
+        """The operators of a method, on the device for good."""
+        if name not in self._blocks:
+            digest = self._family.digest(name)
+            while (lease := self._engine.residency.acquire(digest)) is None:
+                self._engine.step()
+            # never released: blocks stay where they are
+            self._blocks[name] = lease.block
+        return self._blocks[name]
+
+    def prompted(self, carried: Sequence[str | None]) -> Tensor:
         """Logits [sequences, tokens, vocabulary] of one pass in which sequence i carries ``carried[i]``."""
-        backbone, kernels = self.offline.engine.backbone, self.offline.engine.kernels
+        backbone, kernels = self._engine.backbone, self._engine.kernels
         count = len(carried)
         # those of networks beside the backbone, which share slots out, stand behind the texts'
         kv = PagedKV(backbone.kv_shapes, 1 + 2 * count * TOKENS, backbone.dtype, backbone.device)
@@ -85,7 +82,7 @@ class Company:
         positions = torch.arange(TOKENS).repeat(count)
         for i, name in enumerate(carried):
             start, stop = i * TOKENS, (i + 1) * TOKENS
-            block = None if name is None else self.blocks[name]
+            block = None if name is None else self.block(name)
             segments.append(Segment(start, stop, block))
             traits = None if block is None else traits_of(block.directory)
             prefixed = block is not None and Kind.PREFIX in block.directory.kinds
@@ -107,65 +104,21 @@ class Company:
         """Logits [sequences, vocabulary] of one step in which each sequence has one row more than it has cached."""
         items = []
         for i, (name, cached, prompt) in enumerate(zip(carried, CACHED, self._prompts, strict=True)):
-            block = None if name is None else self.blocks[name]
+            block = None if name is None else self.block(name)
             traits = NO_TRAITS if block is None else traits_of(block.directory)
             pages = tuple(range(1 + i * self._pages, 1 + (i + 1) * self._pages))
             slots = torch.arange(pages[0] * PAGE_TOKENS, (pages[-1] + 1) * PAGE_TOKENS)
             submit = Submit(RequestId(str(i)), prompt[traits.extra_rows :], 1)
             request = Request(submit, 0.0, computed=cached, pages=pages, slots=slots, traits=traits)
             items.append(Item(request, cached, 1, samples=True, prefill=False, block=block))
-        backbone = self.offline.engine.backbone
         seen: list[Tensor] = []
-        forward = backbone.forward
+        forward = self._engine.backbone.forward
 
-        def kept(*given: Any) -> Tensor:
-            seen.append(forward(*given))
+        def kept(*given: object) -> Tensor:
+            seen.append(forward(*given))  # type: ignore[arg-type]
             return seen[-1]
 
         with monkeypatch.context() as patched:
-            patched.setattr(backbone, "forward", kept)
+            patched.setattr(self._engine.backbone, "forward", kept)
             self._runner.run(Batch(tuple(items)))
         return seen[0]
-
-
-@pytest.fixture(scope="module")
-def companies(tmp_path_factory):
-    made: dict[str, Company] = {}
-
-    def company(family: str) -> Company:
-        if family not in made:
-            made[family] = Company(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return company
-
-
-@pytest.mark.parametrize(("family", "method"), PAIRS)
-def test_neighbours_change_nothing(companies, family, method):
-    batch = companies(family)
-    mixed = batch.company(method)
-    own, *others = mixed
-    row = batch.logits(mixed)[0]
-    assert torch.equal(batch.logits([own, *([None] * len(others))])[0], row), "beside rows of the base"
-    assert torch.equal(batch.logits([own, *others[::-1]])[0], row), "beside others"
-    # the control: it is not the base's row
-    acts_later = traits_of(batch.blocks[method].directory).token_mask
-    assert acts_later or not torch.equal(batch.logits([None] * COMPANY)[0], row)
-
-
-@pytest.mark.parametrize(("family", "method"), PAIRS)
-def test_neighbours_change_nothing_while_decoding(companies, family, method, monkeypatch):
-    batch = companies(family)
-    own, *others = batch.company(method)
-
-    def row(others: Sequence[str | None]) -> Tensor:
-        return batch.decoded([*others[:WATCHED], own, *others[WATCHED:]], monkeypatch)[WATCHED]
-
-    want = row(others)
-    assert torch.equal(row([None] * len(others)), want), "beside rows of the base"
-    assert torch.equal(row(others[::-1]), want), "beside others"
-    assert torch.equal(row([own, None] * (len(others) // 2) + [own]), want), "beside rows of its own"
-    # the control: it is not the base's row, unless all of the adapter stands in front of the text
-    directory = batch.blocks[method].directory
-    only_in_front = directory.kinds == {Kind.SOFT} and not directory.sites.any()
-    assert only_in_front == torch.equal(batch.decoded([None] * COMPANY, monkeypatch)[WATCHED], want)
