@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.support.families import TOLERANCE, Answer, Family, prompts
 from tests.support.methods.case import LLAMA
 from tests.support.methods.peft_experts import MIXTRAL
-from weft.adapters_store.residency import ResidencyStats
+from weft.adapters_store.leases import ResidencyStats
 
 # one for each way in which an adapter lies in memory; of some there are two, which share a bank or a slot
 METHODS: Mapping[str, Sequence[str]] = {
