@@ -33,13 +33,17 @@ def activate(x: Tensor, code: int) -> Tensor:
 
 
 def activate_rows(x: Tensor, code: int) -> Tensor:
-    """The function on x [n, d], a row's bits being the same wherever it stands.
+    """The function on x [n, d], a row's bits being the same wherever it stands."""
+    function = _FUNCTIONS[NAMES[code]]
+    return function(x) if NAMES[code] in EXACT else by_rows(x, function)
+
+
+def by_rows(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """An elementwise function on x [n, d], a row's bits being the same wherever it stands.
 
     A CPU computes what fills no vector by other code, which rounds otherwise; where threads share a tensor out, that
     may be in the middle. So rows are padded to whole vectors, and never so many that they are shared out.
     """
-    if NAMES[code] in EXACT:
-        return activate(x, code)
     padded = F.pad(x, (0, -x.shape[1] % LANES)).contiguous()
     rows = max(1, (GRAIN - 1) // padded.shape[1])
-    return torch.cat([activate(part, code) for part in torch.split(padded, rows)])[:, : x.shape[1]]
+    return torch.cat([function(part) for part in torch.split(padded, rows)])[:, : x.shape[1]]

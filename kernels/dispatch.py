@@ -1,7 +1,7 @@
 """The door of this room: one interface, one implementation per kind of device."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -163,6 +163,13 @@ class Kernels(ABC):
                 own = carried.rows
                 taken = before[own], None if x_res is None else x_res[own], None if ln_x is None else ln_x[own]
                 h[own] = (h[own].float() + parts.bottleneck(*taken, carried)).to(h.dtype)
+
+    def alike(self, carried: Sequence[Carried]) -> Iterator[tuple[Alike, Stacks]]:
+        """Single rows with one record each, by the form of those, and their pieces one behind another."""
+        together, apart = alike.split(carried, self.arena.device)
+        assert not apart, "single rows with one record each"
+        for each in together:
+            yield each, self._stacks_of(each)
 
     def _alike(self, rows: Rows, kind: Kind, place: int) -> tuple[list[Alike], list[Carried]]:
         """Single rows by the form of their records, and the segments that are left."""

@@ -8,7 +8,7 @@ reserved for its request and needs no cache beside them. Nothing of it reaches t
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from weft.adapters_store.sites import SideInfo
 from weft.kernels.extras import Kind
-from weft.kernels.parts import Carried, product
+from weft.kernels.parts import Carried
+from weft.server.backbone.beside import Beside, BesideRows, context_of, own_step, rows_step
 from weft.server.backbone.places import Places
 from weft.server.backbone.recording import first_of
 from weft.server.backbone.selftest import KVShape, difference
-from weft.server.backbone.step import PagedKV, PrefillSpan, SideSpan, Step, active, running
+from weft.server.backbone.side_rows import give_rows_weights
+from weft.server.backbone.step import PagedKV, SideSpan, Step, active, running
 
 # what a configuration calls widths that follow the model's
 WIDTHS = ("hidden_size", "intermediate_size", "head_dim", "n_inner", "ffn_dim", "word_embed_proj_dim")
@@ -135,16 +137,20 @@ class Networks:
         self._model, self._kv_shapes = model, list(kv_shapes)
         self._decoder: PreTrainedModel = model.get_decoder()
         self._layers = len(places.layers)
-        self._built: OrderedDict[tuple[int, tuple[int, ...]], Network] = OrderedDict()
+        self._built: OrderedDict[tuple[int, tuple[int, ...], bool | None], Network] = OrderedDict()
         names = names_of(model, places)
         # only read where there are infos
         self.names = names or Names("", "", "")
         self.infos = () if names is None else tuple(self._provable())
         self.by_reduction = {info.reduction: info for info in self.infos}
+        # how rows run as one: with norms that get their heads first, or second; None where they do not
+        orders = (order for order in (False, True) if self.infos and self._works_by_rows(self.infos[-1], order))
+        self.heads_first: bool | None = next(orders, None)
 
-    def network(self, reduction: int, layers: tuple[int, ...]) -> Network:
-        """The one that is so much narrower and reads these layers."""
-        key = reduction, layers
+    def network(self, reduction: int, layers: tuple[int, ...], by_rows: bool = False) -> Network:
+        """The one that is so much narrower and reads these layers; ``by_rows``: with weights of each row's own."""
+        assert not by_rows or self.heads_first is not None
+        key = reduction, layers, self.heads_first if by_rows else None
         network = self._built.pop(key, None) or self._build(*key)
         self._built[key] = network
         if len(self._built) > BUILT_MAX:
@@ -174,7 +180,7 @@ class Networks:
         width: int = self._decoder.config.hidden_size // reduction
         return SideInfo(reduction, width, network.below(f"{names.layers}.0"), network.below(names.norm))
 
-    def _build(self, reduction: int, layers: tuple[int, ...]) -> Network:
+    def _build(self, reduction: int, layers: tuple[int, ...], heads_first: bool | None = None) -> Network:
         config = reduced(self._decoder.config, reduction, layers)
         assert config is not None, "no catalogue tells of a reduction whose widths do not divide"
         with torch.device("meta"):
@@ -185,18 +191,17 @@ class Networks:
                 parent, _, child = path.rpartition(".")
                 with torch.device(self._model.device):
                     setattr(module.get_submodule(parent), child, type(owner)(owner.config))
+        if heads_first is not None:
+            give_rows_weights(module.get_submodule(self.names.layers), heads_first)
+            owner, _, name = self.names.norm.rpartition(".")
+            give_rows_weights(module.get_submodule(owner), heads_first, only=name)
         return Network(module.eval(), self.names)
 
     def _works(self, info: SideInfo) -> bool:
         """Whether a text in two pieces, over narrowed pages, comes out as it does whole."""
-        device, dtype = self._model.device, self._model.dtype
         layers = tuple(sorted({0, self._layers - 1}))
-        network = self._build(info.reduction, layers)
-        generator = torch.Generator().manual_seed(0)
-
-        def noise(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).mul(shape[-1] ** -0.5).to(device, dtype)
-
+        network, device, dtype = self._build(info.reduction, layers), self._model.device, self._model.dtype
+        noise = _Noise(device, dtype)
         parameters = {name: noise(*shape) for name, shape in network.shapes.items()}
         x, fed = noise(PROBE_TOKENS, info.features), [noise(PROBE_TOKENS, info.features) for _ in layers]
         kv = PagedKV(self._kv_shapes, 1 + 2 * PROBE_TOKENS, dtype, device)
@@ -204,7 +209,7 @@ class Networks:
         def run(first: int, start: int, stop: int) -> Tensor:
             slots = torch.arange(first, first + stop, device=device)
             span = SideSpan(start, stop, slots, start)
-            with torch.inference_mode(), running(_own_step(kv, span, info.reduction, layers)):
+            with torch.inference_mode(), running(own_step(kv, span, info.reduction, layers)):
                 return network.run(
                     parameters, x[start:stop], slots[start:] - first, lambda i, z: z + fed[i][start:stop]
                 )
@@ -215,62 +220,49 @@ class Networks:
         right = whole.shape == x.shape and bool(whole.isfinite().all())
         return right and difference(whole.float(), pieces.float(), dtype) is None
 
+    def _works_by_rows(self, info: SideInfo, heads_first: bool) -> bool:
+        """Whether rows that run as one, each with its own weights, come out as they do one by one."""
+        layers = tuple(sorted({0, self._layers - 1}))
+        device, dtype = self._model.device, self._model.dtype
+        noise, kv = _Noise(device, dtype), PagedKV(self._kv_shapes, 1 + PROBE_TOKENS, dtype, device)
+        spans = [SideSpan(i, i + 1, torch.tensor([info.reduction + i], device=device), i) for i in range(PROBE_TOKENS)]
+        x, positions = noise(PROBE_TOKENS, info.features), torch.arange(PROBE_TOKENS, device=device)
+        shapes = dict(self._named(layers, info))
+        own = [{name: noise(*shape) for name, shape in shapes.items()} for _ in spans]
+        stacked = {name: torch.stack([each[name] for each in own]) for name in shapes}
 
-def _own_step(kv: PagedKV, span: SideSpan, reduction: int, layers: Sequence[int]) -> Step:
-    """The pass of a network: the keys and values of its layers lie where those of the layers that it reads do."""
-    count = span.stop - span.start
-    spans = (PrefillSpan(0, count, span.slots),)
-    return Step(kv.narrowed(layers, reduction), span.slots[-count:], (), spans)
+        def run(network: Network, given: Mapping[str, Tensor], rows: slice, step: Step) -> Tensor:
+            with torch.inference_mode(), running(step):
+                return network.run(given, x[rows], positions[rows], lambda _, z: z)
+
+        alone = self._build(info.reduction, layers)
+        one_by_one = [
+            run(alone, own[i], slice(i, i + 1), own_step(kv, span, info.reduction, layers))
+            for i, span in enumerate(spans)
+        ]
+        try:
+            step = rows_step(kv, spans, info.reduction, layers)
+            together = run(self._build(info.reduction, layers, heads_first), stacked, slice(None), step)
+        except UNBUILDABLE:
+            return False
+        want = torch.cat(one_by_one)
+        return together.shape == want.shape and difference(want.float(), together.float(), dtype) is None
+
+    def _named(self, layers: Sequence[int], info: SideInfo) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names in the network, and shapes, of what an adapter holds."""
+        for index in range(len(layers)):
+            yield from ((f"{self.names.layers}.{index}.{name}", shape) for name, shape in info.block)
+        yield from ((f"{self.names.norm}.{name}", shape) for name, shape in info.norm)
 
 
-@dataclass(eq=False)
-class Beside:
-    """A network at work in a step: an adapter's, on the rows of one request.
+class _Noise:
+    """Seeded tensors whose products stay near one."""
 
-    fed:  by layer, what it puts into the network; z: what the network begins with
-    """
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self._generator, self._to = torch.Generator().manual_seed(0), (device, dtype)
 
-    span: SideSpan
-    carried: Carried
-    info: SideInfo
-    z: Tensor
-    fed: dict[int, Tensor] = field(default_factory=dict)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers that it reads."""
-        return self.carried.record.options[1:]
-
-    def pieces(self, layer: int) -> list[Tensor]:
-        """Weights of one of its layers: down weight, down bias, then those of the block."""
-        size = 2 + len(self.info.block)
-        at = 5 + len(self.info.norm) + self.layers.index(layer) * size
-        return _present(self.carried.pieces[at : at + size])
-
-    def take(self, layer: int, x: Tensor) -> None:
-        """Read a layer's output x [rows of the batch, d]."""
-        if layer in self.layers:
-            weight, bias, *_ = self.pieces(layer)
-            self.fed[layer] = affine(x[self.carried.rows], weight, bias)
-
-    def finish(self, network: Network, names: Names, kv: PagedKV) -> Tensor:
-        """What the head reads in the place of the backbone's end: [rows, d]."""
-        gates, _, _, up, up_bias, *norm = _present(self.carried.pieces[: 5 + len(self.info.norm)])
-
-        def feed(index: int, z: Tensor) -> Tensor:
-            # the model may have changed what it was given; the first layer gets the start itself
-            before = self.z if index == 0 else z.float()
-            return (gates[0, index] * before + self.fed[self.layers[index]]).to(z.dtype)
-
-        given = {f"{names.norm}.{n}": t.reshape(s) for (n, s), t in zip(self.info.norm, norm, strict=True)}
-        for index, layer in enumerate(self.layers):
-            block = zip(self.info.block, self.pieces(layer)[2:], strict=True)
-            given |= {f"{names.layers}.{index}.{n}": t.reshape(s) for (n, s), t in block}
-        span = self.span
-        positions = torch.arange(span.first, span.first + span.stop - span.start, device=up.device)
-        with running(_own_step(kv, span, self.info.reduction, self.layers)):
-            z = network.run(given, self.z.to(up.dtype), positions, feed)
-        return affine(z, up, up_bias)
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator).mul(shape[-1] ** -0.5).to(*self._to)
 
 
 class SideHook:
@@ -291,23 +283,36 @@ class SideHook:
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step, x = active(), (args[0] if args else kwargs["hidden_states"])[0]
+        self._now = list(self._beside(step))
+        for beside in self._now:
+            beside.begin(x)
+
+    def _beside(self, step: Step) -> Iterator[Beside]:
         assert step.kernels is not None
         assert step.rows is not None
         spans = {span.start: span for span in step.side}
-        self._now = []
+        by_context: dict[int, list[Carried]] = {}
         for carried in step.kernels.carried(step.rows, Kind.SIDE, 0):
             span = spans[carried.segment.start]
             assert (span.start, span.stop) == (carried.segment.start, carried.segment.stop)
-            weight, bias = _present(carried.pieces[1:3])
-            info = self._networks.by_reduction[carried.record.options[0]]
-            self._now.append(Beside(span, carried, info, affine(x[carried.rows], weight, bias)))
+            if carried.single and self._networks.heads_first is not None:
+                by_context.setdefault(context_of(span), []).append(carried)
+            else:
+                yield Beside(self._info_of(carried), carried, span)
+        for padded in by_context.values():
+            for alike, stacks in step.kernels.alike(padded):
+                its = [spans[carried.segment.start] for carried in alike.carried]
+                yield BesideRows(self._info_of(alike.carried[0]), alike, stacks, its)
+
+    def _info_of(self, carried: Carried) -> SideInfo:
+        return self._networks.by_reduction[carried.record.options[0]]
 
     def _reader(self, layer: int) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
             x = first_of(output)
             assert x is not None
             for beside in self._now:
-                beside.take(layer, x[0])
+                beside.read(layer, x[0])
 
         return hook
 
@@ -315,16 +320,6 @@ class SideHook:
         kv, hidden = active().kv, output.last_hidden_state[0]
         now, self._now = self._now, []
         for beside in now:
-            network = self._networks.network(beside.info.reduction, beside.layers)
-            hidden[beside.carried.rows] = beside.finish(network, self._networks.names, kv).to(hidden.dtype)
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x weightᵀ + bias in fp32; the bias is a row."""
-    return product(x, weight).float() + bias[0]
-
-
-def _present(pieces: Sequence[Tensor | None]) -> list[Tensor]:
-    found = [piece for piece in pieces if piece is not None]
-    assert len(found) == len(pieces)
-    return found
+            by_rows = isinstance(beside, BesideRows)
+            network = self._networks.network(beside.info.reduction, beside.layers, by_rows)
+            beside.finish(hidden, network, self._networks.names, kv)

@@ -17,6 +17,15 @@ from weft.kernels.batch import Rows, SoftSpan
 from weft.kernels.dispatch import Kernels
 
 
+def padded_context(tokens: int) -> int:
+    """The context that a sequence of this many tokens is padded to: at most a quarter more, or 64 in all.
+
+    It depends on nothing but the length, so the sums over a context are the same in any company.
+    """
+    step = max(64, 1 << max(0, (tokens - 1).bit_length() - 3))
+    return -(-tokens // step) * step
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class PrefillSpan:
     """Tokens of one sequence that attend causally to each other, to what is cached, and to its adapter's prefix.

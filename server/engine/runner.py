@@ -10,7 +10,7 @@ from weft.kernels.batch import Block, Rows, Segment, SoftSpan
 from weft.kernels.dispatch import Kernels
 from weft.kernels.extras import Kind
 from weft.server.backbone.model import Backbone
-from weft.server.backbone.step import DecodeSpan, PagedKV, PrefillSpan, SideSpan, Step
+from weft.server.backbone.step import DecodeSpan, PagedKV, PrefillSpan, SideSpan, Step, padded_context
 from weft.server.engine.request import Request
 from weft.server.engine.sampler import pick
 from weft.server.engine.scheduler import Batch, Item
@@ -23,15 +23,6 @@ Prefixes = tuple[tuple[int, tuple[int, ...], tuple[tuple[int, int] | None, ...]]
 Alike = tuple[int, Prefixes]
 # rows of a request of which the first are the base's, all of them, and the block of the others: the same while in use
 Acting = tuple[int, int, Block | None]
-
-
-def padded_context(tokens: int) -> int:
-    """The context that a sequence of this many tokens is padded to: at most a quarter more, or 64 in all.
-
-    It depends on nothing but the length, so the sums over a context are the same in any company.
-    """
-    step = max(64, 1 << max(0, (tokens - 1).bit_length() - 3))
-    return -(-tokens // step) * step
 
 
 class Runner:

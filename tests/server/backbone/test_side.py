@@ -1,5 +1,7 @@
 """Which networks can stand beside a backbone: its class at smaller widths, proven when it is loaded."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -20,6 +22,24 @@ def test_layers_of_every_family_stand_at_a_smaller_width(family):
         layer = backbone.model.get_submodule(backbone.info.layers[0].path)
         assert [name for name, _ in info.block] == [name for name, _ in layer.named_parameters()]
         assert info.norm[0] == ("weight", (info.features,))
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_rows_run_as_one_network_in_every_family_without_experts(family):
+    found = side.Networks(*_parts(Backbone(build(family))))
+    # the norms of heads stand where the family has them: before or behind the turn to heads
+    assert found.heads_first is {"gemma3": True, "mixtral": None}.get(family, False)
+
+
+def _parts(backbone: Backbone) -> tuple[Any, Any, Any]:
+    return backbone.model, backbone.places, backbone.kv_shapes
+
+
+def test_a_family_whose_rows_do_not_come_out_alike_runs_them_one_by_one(monkeypatch):
+    monkeypatch.setattr(side, "give_rows_weights", lambda *_, **__: None)
+    model = Backbone(build("llama"))
+    assert model.info.sides
+    assert side.Networks(*_parts(model)).heads_first is None
 
 
 def test_a_width_that_does_not_divide_has_no_network():
