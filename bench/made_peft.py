@@ -4,6 +4,7 @@ Sizes are those that the methods' papers report as usual, at rank 16 where they 
 """
 
 from functools import partial
+from typing import Any
 
 import peft
 from peft.tuners.lora.config import BdLoraConfig
@@ -20,7 +21,7 @@ EVERY, DENSE = "r 16, all linears", "whole weights, queries and values"
 TOKENS = f"{VIRTUAL_TOKENS} tokens"
 
 _lora = partial(peft.LoraConfig, r=RANK, target_modules=LINEARS, task_type=CAUSAL)
-_prompt = {"num_virtual_tokens": VIRTUAL_TOKENS, "task_type": CAUSAL}
+_prompt: dict[str, Any] = {"num_virtual_tokens": VIRTUAL_TOKENS, "task_type": CAUSAL}
 
 
 def _blocks(ground: Ground) -> peft.PeftConfig:

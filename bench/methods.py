@@ -60,8 +60,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--requests", type=int, default=16, help="requests in the batch, each with its own adapter")
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=24, help="of each request, at least 2")
-    parser.add_argument("--adapter-memory-gib", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=16, help="of each request, at least 2")
+    parser.add_argument("--adapter-memory-gib", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1, help="rounds of base beside method")
     names = [made.name for made in MADE]
     parser.add_argument("--only", nargs="*", default=[], metavar="METHOD", choices=names, help="measure just these")
