@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from weft.server.engine.messages import Failed, StepStats, Submit, Tokens
+from weft.server.engine.messages import Failed, RequestId, StepStats, Submit, Tokens
 from weft.server.engine.offline import OfflineEngine, RequestFailed
 
 
@@ -10,11 +10,12 @@ class Clock:
     """One batch of ``count`` requests on an engine.
 
     total_s:   of all steps so far
-    decode_s:  of each step in which every request decoded and none was in its prefill
+    decode_s:  of each step in which every request decoded: all have had a token, and none has ended
     """
 
     def __init__(self, engine: OfflineEngine, count: int):
         self._engine, self._count, self._open = engine.engine, count, 0
+        self._begun: set[RequestId] = set()
         self.total_s = 0.0
         self.decode_s: list[float] = []
 
@@ -28,14 +29,16 @@ class Clock:
         """Run one step if any request is open; says whether one still is. Raises RequestFailed."""
         if not self._open:
             return False
+        all_begun = len(self._begun) == self._count
         for event in self._engine.step():
             match event:
                 case Failed():
                     raise RequestFailed(event)
-                case Tokens(finish=reason) if reason is not None:
-                    self._open -= 1
-                case StepStats(rows=rows):
+                case Tokens():
+                    self._begun.add(event.id)
+                    self._open -= event.finish is not None
+                case StepStats():
                     self.total_s += event.step_s
-                    if rows == self._count and not event.prefill_tokens:
+                    if all_begun and event.rows == self._count:
                         self.decode_s.append(event.step_s)
         return self._open > 0

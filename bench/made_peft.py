@@ -31,7 +31,7 @@ def _blocks(ground: Ground) -> peft.PeftConfig:
 
 def _bank(ground: Ground) -> peft.PeftConfig:
     length = ground.divisor(256)
-    return peft.VBLoRAConfig(r=4, num_vectors=256, vector_length=length, topk=2, target_modules=LINEARS)
+    return peft.VBLoRAConfig(vector_length=length, save_only_topk_weights=True, target_modules=LINEARS)
 
 
 def _cpt(ground: Ground) -> peft.PeftConfig:
