@@ -15,9 +15,6 @@ from weft.server.engine.config import EngineConfig
 from weft.server.engine.messages import RequestId, Submit
 from weft.server.engine.offline import OfflineEngine
 
-# torch warns of sparse tensors until somebody says whether they are to be checked; peft makes some
-torch.sparse.check_sparse_tensor_invariants.enable()
-
 PROMPT = tuple(range(5, 17))
 
 
