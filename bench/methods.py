@@ -1,32 +1,35 @@
 """`weft bench methods`: every method on one backbone shape: bytes on disk and device, and speed beside the base.
 
-Each method answers one batch of requests with as many distinct adapters as the arena has room for; the base answers
-the same batch right before and right after, so that whatever else the machine does hits both.
+Each method answers one batch of requests with as many distinct adapters as the arena has room for, and the base answers
+the same batch, a step of one after a step of the other. Decoding is told apart from the whole run, prefill included.
 """
 
 import argparse
 import copy
+import shutil
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from weft.adapters_store.files import weights_in
 from weft.bench import record, workload
-from weft.bench.methods_made import MADE, Ground, Made, variant
+from weft.bench.clock import Clock
+from weft.bench.made import Ground, Made, Variants
+from weft.bench.methods_made import MADE
 from weft.server.backbone.load import choose_device, choose_dtype, moved
 from weft.server.backbone.model import Backbone
 from weft.server.engine.config import EngineConfig
 from weft.server.engine.messages import Digest, RequestId, Submit
 from weft.server.engine.offline import OfflineEngine
 
-WEIGHTS = "adapter_model.safetensors"
+# enough to bring every adapter into the arena and to decode once
+WARM_TOKENS = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,14 +59,18 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 or auto")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--requests", type=int, default=16, help="requests in the batch, each with its own adapter")
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--adapter-memory-gib", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=1, help="rounds of base, method, base")
-    parser.add_argument("--only", nargs="*", default=[], metavar="METHOD", help="measure just these")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=16, help="of each request, at least 2")
+    parser.add_argument("--adapter-memory-gib", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1, help="rounds of base beside method")
+    names = [made.name for made in MADE]
+    parser.add_argument("--only", nargs="*", default=[], metavar="METHOD", choices=names, help="measure just these")
     parser.add_argument("--out", default="", help="file for the JSON report")
     parser.add_argument("--json", action="store_true", help="print the JSON report instead of a table")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.new_tokens < 2:
+        parser.error(f"--new-tokens: expected at least 2, or nothing is decoded, got {options.new_tokens}")
+    return options
 
 
 class _Bench:
@@ -76,58 +83,89 @@ class _Bench:
         self._drawn = workload.random_model(workload.shape(options.shape), dtype)
         self._bare, self._engine = self._load("bare"), self._load("store")
         self._ground = Ground(self._model, self._engine.engine.backbone.info)
+        self._bare.run(self._submits([None], WARM_TOKENS))
 
     def measure(self, made: Made) -> dict[str, object]:
         """One row of the report."""
         source = self._folder / "made"
         made.write(self._ground, source)
-        disk = (source / WEIGHTS).stat().st_size
-        digests = [self._register(source, 0)]
+        disk, variants = weights_in(source).stat().st_size, Variants.of(source)
+        shutil.rmtree(source)
+        digests = [self._register(variants, 0)]
         entry = self._engine.catalog.get("adapter-0")
         room = self._options.adapter_memory_gib << 30
         distinct = max(1, min(self._options.requests, room // entry.device_bytes))
-        digests += [self._register(source, number) for number in range(1, distinct)]
-        self._run(self._engine, digests)
-        base, rates = [self._rate(self._bare, [None])], []
-        for _ in range(self._options.repeats):
-            rates.append(self._rate(self._engine, digests))
-            base.append(self._rate(self._bare, [None]))
+        digests += [self._register(variants, number) for number in range(1, distinct)]
+        # from here on all of them are in the arena
+        self._engine.run(self._submits(digests, WARM_TOKENS, made.invokes))
+        shared = self._shared_bytes(digests[0])
+        pairs = [self._pair(digests, made.invokes) for _ in range(self._options.repeats)]
         for number in range(distinct):
             self._engine.forget(f"adapter-{number}")
-        _remove(source)
         return {
             "case": f"methods/{made.name}",
             "words": made.words,
             "method": entry.method,
             "disk_bytes": disk,
             "device_bytes": entry.device_bytes,
+            "shared_bytes": shared,
             "distinct": distinct,
-            "tokens_per_s": round(median(rates), 2),
-            "base_tokens_per_s": round(median(base), 2),
-            "of_base": round(median(rates) / median(base), 3),
+            **self._speeds([pair[1] for pair in pairs], [pair[0] for pair in pairs]),
         }
 
-    def _register(self, source: Path, number: int) -> Digest:
-        folder = variant(source, self._folder / "variant", number)
+    def _speeds(self, own: list[Clock], base: list[Clock]) -> dict[str, object]:
+        tokens = self._options.requests * self._options.new_tokens
+        rate, base_rate = (median(tokens / clock.total_s for clock in clocks) for clocks in (own, base))
+        step, base_step = (median(s for clock in clocks for s in clock.decode_s) for clocks in (own, base))
+        return {
+            "tokens_per_s": round(rate, 2),
+            "base_tokens_per_s": round(base_rate, 2),
+            "of_base": round(rate / base_rate, 3),
+            "decode_ms": round(1e3 * step, 3),
+            "base_decode_ms": round(1e3 * base_step, 3),
+            "decode_of_base": round(base_step / step, 3),
+        }
+
+    def _register(self, variants: Variants, number: int) -> Digest:
+        folder = self._folder / "variant"
+        variants.write(folder, number)
         digest = self._engine.register(f"adapter-{number}", folder)
-        _remove(folder)
+        shutil.rmtree(folder)
         return digest
 
-    def _rate(self, engine: OfflineEngine, digests: Sequence[Digest | None]) -> float:
-        started = time.perf_counter()
-        self._run(engine, digests)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return float(self._options.requests * self._options.new_tokens / (time.perf_counter() - started))
+    def _shared_bytes(self, digest: Digest) -> int:
+        """Of the banks that this adapter, which is in the arena, refers to."""
+        residency = self._engine.engine.residency
+        lease = residency.acquire(digest)
+        if lease is None:
+            raise SystemExit(f"adapter memory: expected room for {digest}, got none: raise --adapter-memory-gib")
+        residency.release(lease)
+        return sum(bank.block.nbytes for bank in lease.banks)
 
-    def _run(self, engine: OfflineEngine, digests: Sequence[Digest | None]) -> None:
+    def _pair(self, digests: Sequence[Digest], invokes: tuple[int, ...]) -> tuple[Clock, Clock]:
+        """The same requests on both engines, step by step in turn: whatever else the machine does hits both."""
+        count, new_tokens = self._options.requests, self._options.new_tokens
+        clocks = Clock(self._bare, count), Clock(self._engine, count)
+        for clock, named in zip(clocks, ([None], digests), strict=True):
+            clock.start(self._submits(named, new_tokens, invokes))
+        while any([clock.step() for clock in clocks]):
+            pass
+        return clocks
+
+    def _submits(
+        self, digests: Sequence[Digest | None], new_tokens: int, invokes: tuple[int, ...] = ()
+    ) -> list[Submit]:
         options = self._options
-        prompts = workload.prompts(options.requests, options.prompt_tokens, engine.engine.backbone.vocabulary)
-        submits = [
-            Submit(RequestId(str(i)), prompt, options.new_tokens, adapter=digests[i % len(digests)])
+        prompts = workload.prompts(options.requests, options.prompt_tokens, self._bare.engine.backbone.vocabulary)
+        return [
+            Submit(
+                RequestId(str(i)),
+                (*invokes, *prompt[len(invokes) :]),
+                new_tokens,
+                adapter=digests[i % len(digests)],
+            )
             for i, prompt in enumerate(prompts)
         ]
-        engine.run(submits)
 
     def _model(self) -> PreTrainedModel:
         return copy.deepcopy(self._drawn)
@@ -145,12 +183,6 @@ class _Bench:
         return OfflineEngine(config, Backbone(moved(self._model(), choose_device(options.device))))
 
 
-def _remove(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-
-
 def _words(options: argparse.Namespace) -> str:
     tokens = f"{options.prompt_tokens} prompt tokens and {options.new_tokens} new tokens each, greedy"
     return f"{options.requests} requests at once, {tokens}; random weights of the {options.shape} shape"
@@ -158,8 +190,12 @@ def _words(options: argparse.Namespace) -> str:
 
 def _report(options: argparse.Namespace, rows: list[dict[str, object]]) -> dict[str, object]:
     device = choose_device(options.device)
+    what = (
+        "tokens_per_s: new tokens over the time of prefill and decode; "
+        "decode_ms: median step in which all requests decode; base and method step in turn"
+    )
     return {
-        "workload": f"{_words(options)}; new tokens over the time of prefill and decode; base before and after",
+        "workload": f"{_words(options)}; {what}",
         "rounds": options.repeats,
         "dtype": str(choose_dtype(options.dtype, device)).removeprefix("torch."),
         "device": str(device),
@@ -168,14 +204,26 @@ def _report(options: argparse.Namespace, rows: list[dict[str, object]]) -> dict[
     }
 
 
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("disk", "disk_bytes", ","),
+    ("device", "device_bytes", ","),
+    ("shared", "shared_bytes", ","),
+    ("distinct", "distinct", ","),
+    ("decode ms", "decode_ms", ".1f"),
+    ("base ms", "base_decode_ms", ".1f"),
+    ("decode of base", "decode_of_base", ".2f"),
+    ("tok/s of base", "of_base", ".2f"),
+)
+
+
 def _table(options: argparse.Namespace, rows: list[dict[str, object]]) -> Table:
     about = record.circumstances(choose_device(options.device))
     table = Table(title=_words(options), caption=f"{about['machine']}, {about['commit']}")
-    for column in ("method", "what", "disk", "device", "distinct", "tok/s", "base", "of base"):
-        table.add_column(column, justify="left" if column in ("method", "what") else "right")
+    table.add_column("method")
+    table.add_column("what")
+    for heading, _, _ in COLUMNS:
+        table.add_column(heading, justify="right")
     for row in rows:
         name = str(row["case"]).partition("/")[2]
-        sizes = [f"{row[key]:,}" for key in ("disk_bytes", "device_bytes", "distinct")]
-        speeds = [f"{row[key]:.0f}" for key in ("tokens_per_s", "base_tokens_per_s")]
-        table.add_row(name, str(row["words"]), *sizes, *speeds, f"{row['of_base']:.2f}")
+        table.add_row(name, str(row["words"]), *(f"{row[key]:{form}}" for _, key, form in COLUMNS))
     return table
