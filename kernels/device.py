@@ -2,6 +2,7 @@
 
 Two where all is low-rank, one more for Kronecker terms, two for those in stages (``kron_staged``); one per site for
 deltas that are mostly zero. Long segments have launches of their own, with larger tiles, where a batch holds both.
+What remains is torch's (``dispatch``): records of single rows by form, of shared factors by bank, of others by segment.
 
 The arena is handed to the kernels three times, as factors, as fp32 vectors and as int32 directories. A batch is one
 packed int32 tensor of tiles (``walks``), copied to the device once; nothing is read back.

@@ -37,7 +37,7 @@ class Kind(IntEnum):
                     y += outer ⊙ ((inner ⊙ (x a[:, :in]ᵀ)) b[:, :out])
     Elsewhere:
         NORM        [V weight [d]]; [V bias [d]] in the place of the norm's own, place = norm
-        BOTTLENECK  place = hidden place: see ``parts.Bottleneck``
+        BOTTLENECK  place = hidden place: see ``parts.bottleneck``
         PREFIX      F keys [heads · p, key size]; F values [heads · p, value size]; [V gate [k, d], F where k is a
                     number per prefix token]; [V gate bias [k]];
                     options: p, whether positions of the text begin at p, whether there is a gate per token, what gates
@@ -50,7 +50,7 @@ class Kind(IntEnum):
         SHARES      options: the eight words of a bank's digest; place = its number
         MASK        I tokens [k]: operators begin where these tokens occur last in the prompt
         SIDE        V gate [n]; F first weight, first bias, up weight, up bias; parameters of the norm; then per layer
-                    F down weight, down bias, parameters of the block; options: reduction, layers [n]: ``parts.SideNet``
+                    F down weight, down bias, parameters of the block; options: reduction, layers [n]
         EXPERTS     F a [experts · r, in]; F b [experts · r, out]:  expert e's weight += b[e]ᵀ a[e]; options: number of
                     the parameter that holds the weights; place = module of experts
     """

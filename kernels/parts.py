@@ -1,7 +1,7 @@
 """Operators beyond the normal form in plain torch, over the rows of one segment at a time.
 
 A row's result depends on its own segment alone, so no neighbour can change a bit of it. Sums are made in fp32, or in
-bf16 products where a device multiplies those natively, and rounded once where they are added.
+short products where a device multiplies those natively, and rounded where they are added.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from weft.kernels.extras import Kind, Record
 
 Pieces = tuple[Tensor | None, ...]
 
-# what a bottleneck reads: the numbers of parts.TAPS
+# what a bottleneck reads, by the number in its options
 TAP_H, TAP_SUM, TAP_RESIDUAL, TAP_NORMED = range(4)
 
 
@@ -61,8 +61,8 @@ class Carried:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [rows, in] weightᵀ [in, out]: in bf16 where both are, else in fp32."""
-    native = x.dtype == weight.dtype == torch.bfloat16
+    """x [rows, in] weightᵀ [in, out]: in their short dtype where the device multiplies that natively, else in fp32."""
+    native = x.dtype == weight.dtype and (x.dtype == torch.bfloat16 or (x.is_cuda and x.dtype == torch.float16))
     return x @ weight.T if native else x.float() @ weight.float().T
 
 
