@@ -122,6 +122,6 @@ def test_the_table_of_methods_is_what_the_parsers_say():
 def test_the_readme_is_read_in_one_sitting():
     # a table is looked up, not read, and so is the list of files
     before, after = TEXT.split(methods.BEGIN)[0], TEXT.split(methods.END)[1]
-    assert len((before + after).replace(section("Layout"), "").splitlines()) < 190
+    assert len((before + after).replace(section("Layout"), "").splitlines()) < 200
     # rows of tables and links are as long as they are
     assert max(len(line) for line in section("Layout").splitlines()) <= 120
