@@ -29,7 +29,6 @@ class Item:
     """A request's part in a step: ``count`` tokens from position ``start``.
 
     samples:  the last of them is followed by a new one
-    prefill:  they are of the prompt
     block:    the adapter's operators, None for base rows
     """
 
@@ -37,7 +36,6 @@ class Item:
     start: int
     count: int
     samples: bool
-    prefill: bool
     block: Block | None
 
 
@@ -276,7 +274,7 @@ class Scheduler:
 
 def _item(request: Request, count: int) -> Item:
     block = None if request.lease is None else request.lease.block
-    return Item(request, request.computed, count, count == request.pending, not request.output, block)
+    return Item(request, request.computed, count, count == request.pending, block)
 
 
 def _adapter_order(item: Item) -> int:

@@ -110,7 +110,7 @@ class Company:
             slots = torch.arange(pages[0] * PAGE_TOKENS, (pages[-1] + 1) * PAGE_TOKENS)
             submit = Submit(RequestId(str(i)), prompt[traits.extra_rows :], 1)
             request = Request(submit, 0.0, computed=cached, pages=pages, slots=slots, traits=traits)
-            items.append(Item(request, cached, 1, samples=True, prefill=False, block=block))
+            items.append(Item(request, cached, 1, samples=True, block=block))
         seen: list[Tensor] = []
         forward = self._engine.backbone.forward
 
