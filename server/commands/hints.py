@@ -6,7 +6,7 @@ REASONS: dict[str, str] = {
     "ADAPTER_CORRUPT": "register it again: `weft adapters add NAME FOLDER --replace`",
     "ADAPTER_EXISTS": "add --replace to point the name at these files, or choose another name",
     "ADAPTER_INCOMPATIBLE": "`weft adapters show NAME` says why; register a version made for this backbone",
-    "ADAPTER_INVALID": "change what the message names, here or in the adapter's files; `weft info` lists the methods served",
+    "ADAPTER_INVALID": "change what the message names, here or in the files; `weft info` lists the methods served",
     "ADAPTER_MEMORY": "start the server with a larger --adapter-memory-bytes-max",
     "ADAPTER_NOT_FOUND": "`weft adapters list` shows what is registered",
     "ANSWER_TOO_LARGE": "ask for fewer tokens, or for a stream of them",
