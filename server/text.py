@@ -61,8 +61,9 @@ class Tokenizer:
         if not path.is_file():
             return None
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001  the library has no narrower type
+            # from_file has no narrower type for what it cannot read than Exception
+            backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{path} must be a tokenizer that this version of tokenizers reads, got: {error}"
             ) from None

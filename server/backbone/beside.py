@@ -36,7 +36,8 @@ class Beside:
         self.info, self._carried, self._span = info, carried, span
         self.layers = carried.record.options[1:]
         self._pieces = _present(carried.pieces)
-        # by layer, what it puts into the network
+        # what the network begins with, and by layer what is put into it
+        self._z: Tensor
         self._fed: dict[int, Tensor] = {}
 
     def begin(self, x: Tensor) -> None:

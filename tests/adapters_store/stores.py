@@ -1,8 +1,9 @@
 """A store and what loads from it, driven by the thread of a test."""
 
 import os
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -123,3 +124,42 @@ def add(store: Store, *seeds: int, rank: int = 4) -> list[str]:
 def bytes_of(store: Store, lease: Lease) -> bytes:
     """What the arena holds of an adapter."""
     return store.arena.buffer[lease.block.offset :][: lease.block.nbytes].cpu().numpy().tobytes()
+
+
+def any_order(
+    store: Store,
+    asked: Sequence[tuple[str, Members]],
+    choose: random.Random,
+    steps: int,
+    wanted: dict[str, bytes],
+) -> None:
+    """Acquire, release and forget as ``choose`` draws it, checking books and bytes; nothing is held at the end.
+
+    asked:   what may be acquired, derived versions among it; those that are not derived may be forgotten
+    wanted:  bytes by digest; of one that is not there, those seen first are
+    """
+    leases: list[Lease] = []
+
+    def release(lease: Lease) -> None:
+        for each in (lease, *lease.banks):
+            found = bytes_of(store, each)
+            assert wanted.setdefault(each.digest, found) == found
+        store.residency.release(lease)
+
+    for _ in range(steps):
+        match choose.choice(["acquire", "acquire", "acquire", "release", "release", "poll", "forget", "wait"]):
+            case "acquire":
+                lease = store.residency.acquire(*choose.choice(asked))
+                leases += [lease] if lease is not None else []
+            case "release" if leases:
+                release(leases.pop(choose.randrange(len(leases))))
+            case "poll":
+                store.residency.poll()
+            case "forget" if choose.random() < 0.25:
+                store.residency.forget(choose.choice([digest for digest, members in asked if not members]))
+            case "wait":
+                store.settle()
+        store.residency.check()
+        assert all(lease.block.key not in store.evicted for lease in leases)
+    for lease in leases:
+        release(lease)

@@ -8,7 +8,7 @@ import peft
 import pytest
 
 from tests.adapters_store.peft_models import ModelSites, build, sites_of
-from tests.adapters_store.stores import Store, bytes_of
+from tests.adapters_store.stores import Store, any_order, bytes_of
 from tests.support.methods.case import LLAMA, Case, by_peft, noise
 from weft.adapters_store.banks import bank_bytes, banks_of, shared_digests
 from weft.adapters_store.compile import block_bytes, compile_adapter
@@ -222,26 +222,7 @@ def test_any_order_of_events_keeps_factors_for_as_long_as_anybody_needs_them(see
         largest = max(lease.block.nbytes + sum(bank.block.nbytes for bank in lease.banks) for lease in leases)
     # never room for all
     with Store(tmp_path / "store", llama, largest + 4096) as store:
-        leases = []
-        for _ in range(300):
-            match choose.choice(["acquire", "acquire", "release", "poll", "forget", "wait"]):
-                case "acquire":
-                    lease = store.residency.acquire(choose.choice(digests))
-                    leases += [lease] if lease is not None else []
-                case "release" if leases:
-                    lease = leases.pop(choose.randrange(len(leases)))
-                    for each in (lease, *lease.banks):
-                        assert bytes_of(store, each) == wanted[each.digest]
-                    store.residency.release(lease)
-                case "poll":
-                    store.residency.poll()
-                case "forget" if choose.random() < 0.3:
-                    store.residency.forget(choose.choice(digests))
-                case "wait":
-                    store.settle()
-            store.residency.check()
-        for lease in leases:
-            store.residency.release(lease)
+        any_order(store, [(digest, ()) for digest in digests], choose, 300, wanted)
         for digest in digests:
             store.residency.forget(digest)
         for _ in range(CLAIM_POLLS + 3):

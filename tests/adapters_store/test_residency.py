@@ -11,13 +11,12 @@ import torch
 
 from tests.adapters_store.files import VALID, Files, lora
 from tests.adapters_store.peft_models import ModelSites
-from tests.adapters_store.stores import Store, add, bytes_of
+from tests.adapters_store.stores import Store, add, any_order, bytes_of
 from weft.adapters_store.errors import (
     AdapterError,
     AdapterInvalid,
     AdapterTooLarge,
 )
-from weft.adapters_store.leases import Lease
 from weft.adapters_store.residency import CLAIM_POLLS
 
 LARGE = 40
@@ -158,28 +157,7 @@ def test_any_order_of_events_keeps_books_and_bytes(seed, tmp_path, llama, block_
         digests = [*add(store, 1, 2, 3), *add(store, 4, rank=7), *add(store, 5, rank=1), *add(store, 6, rank=11)]
         wanted = {digest: bytes_of(store, store.acquire(digest)) for digest in digests}
     with Store(tmp_path / "store", llama, 4 * block_bytes) as store:
-        leases: list[Lease] = []
-        for _ in range(600):
-            match choose.choice(["acquire", "acquire", "acquire", "release", "release", "poll", "forget", "wait"]):
-                case "acquire":
-                    lease = store.residency.acquire(choose.choice(digests))
-                    leases += [lease] if lease is not None else []
-                case "release" if leases:
-                    lease = leases.pop(choose.randrange(len(leases)))
-                    assert bytes_of(store, lease) == wanted[lease.digest]
-                    store.residency.release(lease)
-                case "poll":
-                    store.residency.poll()
-                case "forget" if choose.random() < 0.2:
-                    store.residency.forget(choose.choice(digests))
-                case "wait":
-                    store.settle()
-            store.residency.check()
-            for lease in leases:
-                assert lease.block.key not in store.evicted
-        for lease in leases:
-            assert bytes_of(store, lease) == wanted[lease.digest]
-            store.residency.release(lease)
+        any_order(store, [(digest, ()) for digest in digests], choose, 600, wanted)
         store.settle()
         for digest in digests:
             store.residency.forget(digest)
